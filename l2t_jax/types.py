@@ -1,0 +1,93 @@
+"""The records the library is composed of: small tuples of pure functions and of arrays.
+
+Legend: B batch, V validation batch, C classes, N unroll length, S data stages of a round, P loss parameters.
+Everything random takes a key; nothing here holds state.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+
+Array = jax.Array
+Key = jax.Array  # a typed PRNG key, shape []
+PyTree = Any
+
+
+class Batch(NamedTuple):
+    """One batch of examples."""
+
+    inputs: Array  # [B, ...] float
+    targets: Array  # [B] int32 for classification
+
+
+class RoundBatches(NamedTuple):
+    """All data one round of a method reads. S is 2 where each stage has its own data and 1 where both share it."""
+
+    train: Batch  # leaves [S, N, B, ...]
+    validation: Batch  # leaves [S, V, ...]
+    first_of_epoch: Array  # [] bool
+
+
+class Loss(NamedTuple):
+    """A training loss: unreduced, batch first, with parameters that may be learned (`{}` where there are none)."""
+
+    init: Callable[[Key], PyTree]
+    apply: Callable[..., Array]  # (params, outputs [B, C], targets [B], *, sample_weight, mask) -> [B]
+
+
+class Student(NamedTuple):
+    """A network. `variables` is {"params": ..., "batch_stats": ...}; batch_stats is {} without BatchNorm."""
+
+    init: Callable[[Key, Array], dict[str, PyTree]]  # (key, inputs [B, ...]) -> variables
+    apply: Callable[[dict[str, PyTree], Array, bool], tuple[Array, PyTree]]  # -> outputs [B, C], new batch_stats
+
+
+class StudentState(NamedTuple):
+    """What N student steps carry."""
+
+    params: PyTree
+    batch_stats: PyTree
+    optimizer_state: PyTree
+
+    @property
+    def variables(self) -> dict[str, PyTree]:
+        """The form `Student.apply` takes."""
+        return {"params": self.params, "batch_stats": self.batch_stats}
+
+
+class Teacher(NamedTuple):
+    """A (possibly learned) optimizer of the loss parameters."""
+
+    init: Callable[[Key], PyTree]  # -> teacher parameters
+    memory: Callable[[PyTree], PyTree]  # loss parameters -> initial memory (LSTM state, optimizer moments)
+    # (params, memory, hypergradient, loss parameters) -> update to ADD to the loss parameters, new memory
+    update: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
+
+
+class Task(NamedTuple):
+    """What is learned: its error and metrics (unreduced), and how indices become batches on the device."""
+
+    error: Callable[[Array, Array], Array]  # outputs [B, C], targets [B] -> outer (validation) error [B]
+    metrics: Callable[[Array, Array], dict[str, Array]]  # -> {"accuracy": [B], ...}
+    # (data, indices [...], key or None) -> Batch with leaves [..., ...]; a key switches augmentation on
+    gather: Callable[[PyTree, Array, Key | None], Batch]
+
+
+class MethodState(NamedTuple):
+    """Everything a method carries from round to round; a checkpoint of it is a checkpoint of the run."""
+
+    student: StudentState
+    loss: PyTree  # loss parameters
+    teacher: PyTree  # teacher parameters
+    memory: PyTree  # teacher memory
+    optimizer_state: PyTree  # of the teacher's own optimizer
+
+
+class Method(NamedTuple):
+    """One paper's algorithm."""
+
+    init: Callable[[Key, Array], MethodState]  # (key, example inputs [B, ...]) -> state
+    round: Callable[[MethodState, RoundBatches], tuple[MethodState, dict[str, Any]]]  # -> state, metrics
+    stages: int  # S: how many separate sets of batches a round reads
+    steps_per_round: int  # student steps kept per round, in units of N
