@@ -1,0 +1,1 @@
+"""Benchmarks: one module per question, launched as `python -m benchmarks.NAME`."""

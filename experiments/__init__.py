@@ -1,0 +1,1 @@
+"""Experiments: one module per kind, launched as `python -m experiments.NAME`."""

@@ -1,0 +1,239 @@
+"""The flags experiments share, and the frozen `Config` they resolve to. Defaults come from the preset's column."""
+
+import dataclasses
+import datetime
+import difflib
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from absl import flags
+
+from experiments.presets import PRESETS, Preset
+from l2t_jax.data import DATASETS
+from l2t_jax.hypergradient import MEMORY_MODES
+from l2t_jax.losses import fixed_losses
+from l2t_jax.students import STUDENTS
+from l2t_jax.teachers import TEACHERS
+
+METHOD_NAMES = ["l2t_dln", *fixed_losses()]
+SHORTCUTS = ["a", "b"]
+
+
+class UsageError(ValueError):
+    """A flag's value that cannot be used; the message is one line for the user."""
+
+
+def _choices(names: Iterable[str]) -> str:
+    return " | ".join(names)
+
+
+def _by_preset(field: str) -> str:
+    return ", ".join(f"{name} {getattr(preset, field)}" for name, preset in PRESETS.items())
+
+
+flags.DEFINE_string("dataset", "digits", f"{_choices(DATASETS)}. digits needs no download.")
+flags.DEFINE_string(
+    "data_dir", None, "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR or ~/tensorflow_datasets."
+)
+flags.DEFINE_bool("download", False, "Download and prepare the data set if it is not there (needs TensorFlow once).")
+flags.DEFINE_string("student", "mlp", f"{_choices(STUDENTS)}. The network that is taught.")
+flags.DEFINE_integer(
+    "width",
+    None,
+    "Units: hidden layer of mlp (default 500), first convolution of lenet (6) and of the ResNets (16 is the standard "
+    "net; the released code's is --width=64 --shortcut=b --head_grid=2).",
+    lower_bound=1,
+)
+flags.DEFINE_string(
+    "shortcut", "a", f"{_choices(SHORTCUTS)}. ResNet shortcut: a pads with zeros, b is a 1x1 convolution."
+)
+flags.DEFINE_integer("head_grid", 1, "ResNet head: the last map is averaged to this many cells a side.", lower_bound=1)
+flags.DEFINE_string(
+    "method",
+    "l2t_dln,cross_entropy",
+    f"One or more, comma separated: {_choices(METHOD_NAMES)}. l2t_dln is reported twice: online (the student that grew "
+    "up with the teacher) and transfer (the trained, frozen teacher and a fresh DLN teach a fresh student).",
+)
+flags.DEFINE_string(
+    "preset",
+    "residual",
+    f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual a version "
+    "of it that was seen to be stable. Sets the defaults of the flags below.",
+)
+flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
+flags.DEFINE_integer(
+    "unroll_length",
+    None,
+    f"N, student steps of one unroll. Default: {_by_preset('unroll_length')}.",
+    lower_bound=1,
+)
+flags.DEFINE_integer(
+    "epochs", None, f"Passes over the validation part. Default: {_by_preset('epochs')}.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "rounds", None, "Rounds in all, instead of --epochs. A round is one teacher update.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "batch_size", None, f"Examples of a student step. Default: {_by_preset('batch_size')}.", lower_bound=1
+)
+flags.DEFINE_integer(
+    "validation_batch_size",
+    None,
+    f"Examples of a validation error. Default: {_by_preset('validation_batch_size')}.",
+    lower_bound=1,
+)
+flags.DEFINE_float(
+    "validation_ratio",
+    None,
+    "Part of the training examples that validates, in (0, 1), re-divided every epoch. "
+    f"Default: {_by_preset('validation_ratio')}.",
+)
+flags.DEFINE_float("student_lr", None, f"eta, of the student's SGD. Default: {_by_preset('student_lr')}.")
+flags.DEFINE_float("dln_lr", None, f"gamma, of the DLN's update. Default: {_by_preset('dln_lr')}.")
+flags.DEFINE_float("teacher_lr", None, f"Of the LSTM teacher's own Adam. Default: {_by_preset('teacher_lr')}.")
+flags.DEFINE_string(
+    "memory",
+    "mixed",
+    f"{_choices(MEMORY_MODES)}. How the exact hypergradient trades memory for time: mixed needs least, save most.",
+)
+flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
+flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
+flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")
+flags.DEFINE_float(
+    "checkpoint_seconds", 20.0, "Seconds between checkpoints; 0 saves after every dispatch.", lower_bound=0
+)
+flags.DEFINE_bool("tensorboard", False, "Write TensorBoard scalars too: pip install l2t_jax[tensorboard].")
+
+FLAGS = flags.FLAGS
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every value that decides a result. Two runs with equal configs (and versions) give equal numbers."""
+
+    dataset: str
+    student: str
+    width: int | None
+    shortcut: str
+    head_grid: int
+    methods: tuple[str, ...]
+    preset: str
+    teacher: str
+    rounds: int | None  # None: as many as `settings.epochs` have
+    memory: str
+    seeds: tuple[int, ...]
+    settings: Preset
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Values that decide no result."""
+
+    data_dir: str | None
+    download: bool
+    workdir: str
+    resume: bool
+    checkpoint_seconds: float
+    tensorboard: bool
+
+
+def resolve(experiment: str) -> tuple[Config, Options]:
+    """Turn the parsed flags into a `Config` and `Options`.
+
+    Raises:
+      UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
+    """
+    preset = PRESETS[_known("preset", FLAGS.preset, PRESETS)]
+    if FLAGS.rounds is not None and FLAGS.epochs is not None:
+        raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
+    if FLAGS.resume and FLAGS.workdir is None:
+        raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
+    names = {field.name for field in dataclasses.fields(Preset)}
+    given = {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None}
+    config = Config(
+        dataset=_known("dataset", FLAGS.dataset, DATASETS),
+        student=_known("student", FLAGS.student, STUDENTS),
+        width=FLAGS.width,
+        shortcut=_known("shortcut", FLAGS.shortcut, SHORTCUTS),
+        head_grid=FLAGS.head_grid,
+        methods=_methods(FLAGS.method),
+        preset=FLAGS.preset,
+        teacher=_known("teacher", FLAGS.teacher, TEACHERS),
+        rounds=FLAGS.rounds,
+        memory=_known("memory", FLAGS.memory, MEMORY_MODES),
+        seeds=parse_seeds(FLAGS.seeds),
+        settings=_checked(dataclasses.replace(preset, **given)),
+    )
+    time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
+    options = Options(
+        data_dir=FLAGS.data_dir,
+        download=FLAGS.download,
+        workdir=FLAGS.workdir or f"runs/{experiment}_{config.dataset}_{time}",
+        resume=FLAGS.resume,
+        checkpoint_seconds=FLAGS.checkpoint_seconds,
+        tensorboard=FLAGS.tensorboard,
+    )
+    return config, options
+
+
+def parse_seeds(text: str) -> tuple[int, ...]:
+    """Read `3` as the seeds 0, 1, 2 and `0,4,7` (or `4,`) as a list."""
+    try:
+        numbers = [int(part) for part in text.rstrip(",").split(",")]
+    except ValueError:
+        numbers = [-1]
+    seeds = tuple(numbers) if "," in text else tuple(range(numbers[0]))
+    if not seeds or min(numbers) < 0 or max(numbers) >= 2**31 or len(set(seeds)) < len(seeds):
+        raise UsageError(
+            f"--seeds={text!r} is neither a count of at least 1 nor a comma-separated list of different seeds "
+            "from 0 on: e.g. --seeds=3 or --seeds=0,4,7."
+        )
+    return seeds
+
+
+def parse_arguments(argv: list[str]) -> list[str]:
+    """Parse the command line for `app.run`: a bad flag is one line and exit code 2."""
+    try:
+        rest = FLAGS(argv)
+        if rest[1:]:
+            raise UsageError(f"{rest[1]!r} is not a flag: flags look like --dataset=digits.")
+    except (flags.Error, UsageError) as error:
+        fail(str(error).replace("\n", " ") + f" See python -m {_module(argv[0])} --help.")
+    return rest
+
+
+def fail(message: str, code: int = 2) -> None:
+    """Say in one line what is wrong and exit."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _module(path: str) -> str:
+    return "experiments." + path.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")
+
+
+def _methods(text: str) -> tuple[str, ...]:
+    names = tuple(_known("method", name.strip(), METHOD_NAMES) for name in text.split(",") if name.strip())
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--method={text!r} must name each method once, at least one: {_choices(METHOD_NAMES)}.")
+    return names
+
+
+def _known(flag: str, name: str, known: Iterable[str]) -> str:
+    known = list(known)
+    if name in known:
+        return name
+    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise UsageError(f"--{flag}={name} is unknown.{hint} Known: {', '.join(known)}.")
+
+
+def _checked(settings: Preset) -> Preset:
+    if not 0 < settings.validation_ratio < 1:
+        raise UsageError(f"--validation_ratio={settings.validation_ratio} must lie between 0 and 1, both excluded.")
+    for name in ("student_lr", "dln_lr", "teacher_lr"):
+        value: Any = getattr(settings, name)
+        if not 0 < value < float("inf"):
+            raise UsageError(f"--{name}={value} must be a positive, finite number.")
+    return settings

@@ -1,0 +1,399 @@
+"""Data sets as arrays, and their order as a pure function of (seed, epoch, round). NumPy only.
+
+Legend: n examples, H and W height and width in pixels, c channels, S stages, N unroll length,
+B training batch, V validation batch.
+"""
+
+import hashlib
+import importlib.util
+import json
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+_READ_BATCH = 2000  # records a TFDS read; one at a time is several times slower
+
+
+class DataError(ValueError):
+    """Data that are missing, unreadable or not what their name promises."""
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """A labelled image data set in memory. `mean` and `std` are per channel, in raw pixel units."""
+
+    name: str
+    train_images: np.ndarray  # [n, H, W, c] uint8
+    train_labels: np.ndarray  # [n] int32
+    test_images: np.ndarray  # [n, H, W, c] uint8
+    test_labels: np.ndarray  # [n] int32
+    num_classes: int
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool  # whether training images are cropped and flipped at random
+
+    @property
+    def sha256(self) -> str:
+        """The hash of all images and labels, shapes and dtypes included."""
+        digest = hashlib.sha256()
+        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+            digest.update(f"{array.shape} {array.dtype.str}".encode())
+            digest.update(np.ascontiguousarray(array).data)
+        return digest.hexdigest()
+
+
+def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bool = False) -> Dataset:
+    """Load and check a data set.
+
+    Args:
+      name: one of `DATASETS`.
+      data_dir: where prepared TFDS data lie; by default the environment's TFDS_DATA_DIR, else
+        ~/tensorflow_datasets. "digits" comes with scikit-learn and needs none.
+      download: whether to download and prepare data that are missing, which needs TensorFlow and a network.
+
+    Returns:
+      The data set, all of it in memory.
+
+    Raises:
+      DataError: the name is unknown, or the data are missing, unreadable or not valid.
+    """
+    if name not in DATASETS:
+        raise DataError(f"There is no data set {name!r}: use one of {', '.join(sorted(DATASETS))}.")
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    dataset = DATASETS[name](Path(data_dir or default).expanduser(), download)
+    check(dataset)
+    return dataset
+
+
+def check(dataset: Dataset) -> None:
+    """Check dtypes, shapes, labels, and that every class occurs in training.
+
+    Raises:
+      DataError: names the first thing that is wrong.
+    """
+    _check_part(f"{dataset.name} train", dataset.train_images, dataset.train_labels, dataset.num_classes)
+    _check_part(f"{dataset.name} test", dataset.test_images, dataset.test_labels, dataset.num_classes)
+    shape, test_shape = dataset.train_images.shape[1:], dataset.test_images.shape[1:]
+    _require(shape == test_shape, f"{dataset.name}: train images are {shape} and test images {test_shape}.")
+    absent = np.setdiff1d(np.arange(dataset.num_classes), dataset.train_labels)
+    _require(not absent.size, f"{dataset.name}: classes {absent.tolist()} have no training example; all need one.")
+    lengths = len(dataset.mean), len(dataset.std)
+    _require(
+        lengths == (shape[-1],) * 2 and min(dataset.std) > 0,
+        f"{dataset.name}: mean {dataset.mean} and std {dataset.std} must have one value for each of "
+        f"{shape[-1]} channels, and every std must be positive.",
+    )
+
+
+def _check_part(part: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    found = f"{images.dtype} {images.shape}"
+    _require(
+        images.dtype == np.uint8 and images.ndim == 4 and images.size > 0,
+        f"{part}: images are {found}, expected non-empty uint8 [n, H, W, c].",
+    )
+    found = f"{labels.dtype} {labels.shape}"
+    _require(labels.dtype == np.int32 and labels.ndim == 1, f"{part}: labels are {found}, expected int32 [n].")
+    _require(len(images) == len(labels), f"{part}: {len(images)} images have {len(labels)} labels.")
+    wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+    if wrong.size:
+        raise DataError(
+            f"{part}: label {labels[wrong[0]]} at index {wrong[0]} is outside 0..{num_classes - 1} "
+            f"({wrong.size} such labels): correct the labels or num_classes."
+        )
+
+
+def _require(condition: bool, message: str) -> None:
+    if not condition:
+        raise DataError(message)
+
+
+def load_digits(data_dir: Path, download: bool) -> Dataset:
+    """Load the 1797 digits of 8x8 pixels, values 0..16, of scikit-learn; both arguments are unused.
+
+    The split is ours, for there is no official one, and always the same: the examples are shuffled with
+    seed 0, sorted stably by class, and every fifth is a test example, so that every class gives a fifth of
+    its examples, within one. 1437 train, 360 test, each in scikit-learn's order.
+
+    Source: Alpaydin & Kaynak 1998 (UCI Optical Recognition of Handwritten Digits, its test part).
+    """
+    from sklearn.datasets import load_digits as sklearn_digits  # slow to import
+
+    images, labels = sklearn_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    test = np.zeros(len(labels), bool)
+    test[order[np.argsort(labels[order], kind="stable")][::5]] = True
+    train_images = images[~test]
+    mean, std = (float(train_images.mean()),), (float(train_images.std()),)
+    return Dataset("digits", train_images, labels[~test], images[test], labels[test], 10, mean, std, augment=False)
+
+
+def load_tfds(
+    data_dir: Path,
+    download: bool,
+    *,
+    name: str,
+    num_classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+    augment: bool,
+) -> Dataset:
+    """Load the splits "train" and "test" of a prepared TFDS image data set; needs no TensorFlow.
+
+    Args:
+      data_dir: holds `name`/version/dataset_info.json and array_record files.
+      download: whether to prepare what is missing.
+      name: TFDS name.
+      num_classes: C.
+      mean: per channel, in raw pixel units.
+      std: per channel, in raw pixel units.
+      augment: whether training images are to be cropped and flipped.
+
+    Raises:
+      DataError: the data are missing or unreadable.
+    """
+    directory = _prepared(data_dir, name)
+    if directory is None and download:
+        _download(data_dir, name)
+        directory = _prepared(data_dir, name)
+    if directory is None:
+        raise DataError(
+            f"{name} is not in {data_dir / name} (no version has a dataset_info.json): point --data_dir=DIR (or "
+            "TFDS_DATA_DIR) at prepared array_record data, or run once with --download, which needs "
+            "TensorFlow for preparing (pip install tensorflow)."
+        )
+    return Dataset(name, *_read(directory, "train"), *_read(directory, "test"), num_classes, mean, std, augment)
+
+
+def _prepared(data_dir: Path, name: str) -> Path | None:
+    """The newest version of a data set, sought without TFDS: its errors mislead where data are missing."""
+    found = [p.parent for p in (data_dir / name).glob("*/dataset_info.json")]
+    versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
+    return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
+
+
+def _read(directory: Path, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Images [n, H, W, c] uint8 and labels [n] int32 of a split, in TFDS's order."""
+    stored = json.loads((directory / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    _require(
+        stored == "array_record",
+        f"{directory} is prepared as {stored}, expected array_record: remove it and run with --download.",
+    )
+    import tensorflow_datasets as tfds  # seconds to import
+
+    try:
+        source = tfds.builder_from_directory(directory).as_data_source(split)
+        blocks = [range(i, min(i + _READ_BATCH, len(source))) for i in range(0, len(source), _READ_BATCH)]
+        images, labels = zip(*(_stack(source.__getitems__(block)) for block in blocks), strict=True)
+    except Exception as error:
+        raise DataError(
+            f"Split {split!r} of {directory} could not be read ({_reason(error)}): check that all of its "
+            "array_record files are there, or remove the directory and run with --download."
+        ) from error
+    return np.concatenate(images), np.concatenate(labels)
+
+
+def _stack(records: list[dict]) -> tuple[np.ndarray, np.ndarray]:
+    return np.stack([r["image"] for r in records]), np.array([r["label"] for r in records], np.int32)
+
+
+def _download(data_dir: Path, name: str) -> None:
+    if importlib.util.find_spec("tensorflow") is None:
+        # Asked for first: TFDS finds out only after the download.
+        raise DataError(f"Preparing {name} needs TensorFlow, which is not installed: pip install tensorflow.")
+    import tensorflow_datasets as tfds
+
+    try:
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        # A folder of its own: archives of MNIST and Fashion-MNIST have the same names.
+        builder.download_and_prepare(download_dir=data_dir / "downloads" / name)
+    except Exception as error:
+        raise DataError(
+            f"{name} could not be downloaded and prepared in {data_dir} ({_reason(error)}): check the "
+            "network and TensorFlow, or point --data_dir=DIR at prepared data."
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    """The error in one line."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+
+
+def _tfds(
+    name: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], augment: bool
+) -> Callable[[Path, bool], Dataset]:
+    return partial(load_tfds, name=name, num_classes=num_classes, mean=mean, std=std, augment=augment)
+
+
+def _raw(*values: float) -> tuple[float, ...]:
+    """From the customary scale of 0..1 to that of the pixels."""
+    return tuple(255 * v for v in values)
+
+
+# CIFAR-10's mean and std are those of the released code of L2T-DLN, the others the customary ones. All are of the
+# whole training set, not of the training part an epoch draws.
+DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
+    "digits": load_digits,
+    "mnist": _tfds("mnist", 10, _raw(0.1307), _raw(0.3081), augment=False),
+    "fashion_mnist": _tfds("fashion_mnist", 10, _raw(0.2860), _raw(0.3530), augment=False),
+    "cifar10": _tfds("cifar10", 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), augment=True),
+    "cifar100": _tfds("cifar100", 100, _raw(0.5071, 0.4865, 0.4409), _raw(0.2673, 0.2564, 0.2762), augment=True),
+}
+
+
+class Split(NamedTuple):
+    """The examples of one epoch, as indices into the n training examples; together each occurs once."""
+
+    train: np.ndarray  # [n_train] int32
+    validation: np.ndarray  # [n_validation] int32
+
+
+def split_sizes(n: int, validation_ratio: float) -> tuple[int, int]:
+    """Divide n examples into (n_train, n_validation), n_validation = round(n * validation_ratio).
+
+    Raises:
+      ValueError: the ratio is not strictly between 0 and 1.
+    """
+    if not 0 < validation_ratio < 1:
+        raise ValueError(f"validation_ratio={validation_ratio} must lie between 0 and 1, both excluded.")
+    n_validation = round(n * validation_ratio)
+    return n - n_validation, n_validation
+
+
+def rounds_per_epoch(n_validation: int, stages: int, validation_batch_size: int) -> int:
+    """Count the rounds of an epoch, n_validation // (S V): each reads S validation batches not read before.
+
+    Source: the released code of L2T-DLN, where an epoch is one pass over the validation part.
+    """
+    return n_validation // (stages * validation_batch_size)
+
+
+def check_sizes(
+    *,
+    n: int,
+    validation_ratio: float,
+    stages: int,
+    unroll_length: int,
+    batch_size: int,
+    validation_batch_size: int,
+) -> None:
+    """Check that n examples suffice for at least one round.
+
+    Raises:
+      ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
+    """
+    sizes = {"n": n, "stages": stages, "unroll_length": unroll_length}
+    sizes |= {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
+    for name, size in sizes.items():
+        if size < 1:
+            raise ValueError(f"{name}={size} is not a positive integer: give {name} at least 1.")
+    n_train, n_validation = split_sizes(n, validation_ratio)
+    parts = f"{n} examples at validation_ratio={validation_ratio} leave"
+    if batch_size > n_train:
+        raise ValueError(f"{parts} {n_train} for training, fewer than batch_size={batch_size}: lower one of the two.")
+    if stages * validation_batch_size > n_validation:
+        raise ValueError(
+            f"{parts} {n_validation} for validation, fewer than the {stages} x {validation_batch_size} of "
+            "one round: lower validation_batch_size or raise validation_ratio."
+        )
+
+
+@lru_cache(maxsize=32)
+def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float) -> Split:
+    """Divide the n training examples at random into the training and validation part of an epoch.
+
+    Args:
+      seed: of the run.
+      epoch: counted from 0; every epoch has a division of its own.
+      n: number of examples.
+      validation_ratio: part of them that validates.
+
+    Returns:
+      Read-only indices.
+
+    Source: Algorithm 1 of L2T-DLN (NeurIPS 2023) has epochs and says nothing of a division; the released
+    code divides anew every epoch, as is done here.
+    """
+    n_train, _ = split_sizes(n, validation_ratio)
+    order = _permutation((seed, epoch, 0), n)
+    return Split(order[:n_train], order[n_train:])
+
+
+@lru_cache(maxsize=128)
+def _pass_order(seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float) -> np.ndarray:
+    """The training part of an epoch in the order of one pass over it."""
+    train = epoch_split(seed, epoch, n, validation_ratio).train
+    # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
+    return train[_permutation((seed, epoch, pass_index + 1), len(train))]
+
+
+def _permutation(seeds: tuple[int, ...], n: int) -> np.ndarray:
+    order = np.random.default_rng(seeds).permutation(n).astype(np.int32)
+    order.setflags(write=False)  # it is shared through a cache
+    return order
+
+
+def round_indices(
+    seed: int,
+    round: int,
+    *,
+    n: int,
+    validation_ratio: float,
+    stages: int,
+    unroll_length: int,
+    batch_size: int,
+    validation_batch_size: int,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Say which examples a round reads, as a pure function of its arguments.
+
+    Within an epoch, validation batches are consecutive blocks of the validation part and never share an
+    example. Training batches stream on from round to round over the training part, which is shuffled anew on
+    every pass; the incomplete last batch of a pass is dropped.
+
+    Args:
+      seed: of the run.
+      round: absolute, counted from 0; its epoch is round // rounds_per_epoch.
+      n: number of training examples.
+      validation_ratio: part of them that validates, re-drawn every epoch.
+      stages: S.
+      unroll_length: N.
+      batch_size: B.
+      validation_batch_size: V.
+
+    Returns:
+      Training indices [S, N, B] and validation indices [S, V], int32.
+
+    Raises:
+      ValueError: see `check_sizes`; or the round is negative.
+
+    Source: the released code of L2T-DLN, which however loses one batch, and so one step, where a pass ends
+    within a round; here every round has all its S N batches.
+    """
+    if round < 0:
+        raise ValueError(f"round={round} is negative: rounds count from 0.")
+    check_sizes(
+        n=n,
+        validation_ratio=validation_ratio,
+        stages=stages,
+        unroll_length=unroll_length,
+        batch_size=batch_size,
+        validation_batch_size=validation_batch_size,
+    )
+    n_train, n_validation = split_sizes(n, validation_ratio)
+    epoch, r = divmod(round, rounds_per_epoch(n_validation, stages, validation_batch_size))
+    block = slice(r * stages * validation_batch_size, (r + 1) * stages * validation_batch_size)
+    validation = epoch_split(seed, epoch, n, validation_ratio).validation[block]
+    batches = []
+    for i in range(r * stages * unroll_length, (r + 1) * stages * unroll_length):
+        pass_index, j = divmod(i, n_train // batch_size)
+        order = _pass_order(seed, epoch, pass_index, n, validation_ratio)
+        batches.append(order[j * batch_size : (j + 1) * batch_size])
+    train = np.stack(batches).reshape(stages, unroll_length, batch_size)
+    return train, validation.reshape(stages, validation_batch_size).copy()

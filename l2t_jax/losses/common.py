@@ -1,0 +1,54 @@
+"""What every loss shares: turning a pure function into a `Loss`, sample weights and masks."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax.numpy as jnp
+
+from l2t_jax.types import Array, Key, Loss, PyTree
+
+
+def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
+    """Make a builder of a `Loss` without parameters from a pure function (outputs [B, C], targets [B]) -> [B].
+
+    The function's keyword-only knobs become the builder's keywords: `fixed(focal)(gamma=2.0)`.
+    """
+
+    def build(**knobs: Any) -> Loss:
+        unweighted = partial(function, **knobs)
+
+        def apply(
+            params: PyTree,
+            outputs: Array,
+            targets: Array,
+            *,
+            sample_weight: Array | None = None,
+            mask: Array | None = None,
+        ) -> Array:
+            outputs, targets = hide(outputs, targets, mask)
+            return weigh(unweighted(outputs, targets), sample_weight, mask)
+
+        return Loss(init=no_parameters, apply=apply)
+
+    build.__doc__ = function.__doc__
+    return build
+
+
+def no_parameters(key: Key) -> PyTree:
+    """Return the parameters of a loss that has none."""
+    return {}
+
+
+def hide(outputs: Array, targets: Array, mask: Array | None) -> tuple[Array, Array]:
+    """Replace masked examples by zeros *before* the loss, so that a NaN in one cannot reach any derivative."""
+    if mask is None:
+        return outputs, targets
+    return jnp.where(mask[..., None], outputs, 0), jnp.where(mask, targets, 0)
+
+
+def weigh(losses: Array, sample_weight: Array | None, mask: Array | None) -> Array:
+    """Multiply losses [B] by weights [B] and set masked ones (mask [B] false) to zero; still unreduced, [B]."""
+    if sample_weight is not None:
+        losses = losses * sample_weight
+    return losses if mask is None else jnp.where(mask, losses, 0)

@@ -1,0 +1,127 @@
+"""L2T-DLN, Algorithm 1: a student, the dynamic loss network (DLN) it is trained with, and the teacher of the DLN.
+
+Legend: S data stages of a round, N unroll length, B batch, V validation batch; theta student, phi DLN, tau teacher.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from l2t_jax.hypergradient import Hypergradient, hypergradient
+from l2t_jax.methods.common import finite, stage, train_stage
+from l2t_jax.types import Array, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task, Teacher
+from l2t_jax.unroll import init_state, inner_objective, outer_objective
+
+STAGES = {"continue": 2, "restart": 1}  # -> S, and the multiples of N student steps that a round keeps
+RESET = ("never", "epoch")
+
+
+def l2t_dln(
+    student: Student,
+    task: Task,
+    loss: Loss,
+    teacher: Teacher,
+    student_optimizer: optax.GradientTransformation,
+    teacher_optimizer: optax.GradientTransformation,
+    *,
+    second_stage: str = "continue",
+    reset_memory: str = "never",
+    learn: bool = True,
+    memory: str = "mixed",
+    axis_name: str | None = None,
+) -> Method:
+    """Build L2T-DLN.
+
+    One round (the letters are those of Algorithm 1, with its indices corrected):
+      A) theta -> theta_A: N student steps under phi.                                    (2)
+      B) d = d e_val(theta_A) / d phi, through the N steps.                              (4-6)
+      C) [g, h] = T_tau(d, h);  phi' = phi + gamma g.                                    (3)
+      D) N student steps under phi'.
+      E) d' = d e_val(end of D) / d phi';  tau gradient = gamma (dg / d tau)^T d'.       (8)
+      F) tau <- Adam(tau gradient).
+
+    Args:
+      student, task, loss, teacher: the records that are composed.
+      student_optimizer: the paper's is plain `optax.sgd(0.1)`.
+      teacher_optimizer: of tau; the paper's is `optax.adam(1e-3)`.
+      second_stage: "continue" (paper): D goes on from theta_A with N new batches and a new validation batch, 2N
+        steps a round are kept. "restart" (released code): D starts again from theta with the same batches and
+        replaces A, N steps a round are kept.
+      reset_memory: "never" (released code; the paper is silent) carries h through all epochs, "epoch" clears it.
+      learn: False freezes tau: the transfer protocol, in which E and F are left out.
+      memory: how the hypergradient trades memory for time.
+      axis_name: mapped axis over which batches are split, if any.
+    Returns:
+      a `Method`. Its state is theta (with BatchNorm and optimizer state), phi, tau, h, and Adam's state.
+    Raises:
+      ValueError: an unknown `second_stage`, `reset_memory` or `memory`.
+    Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
+    teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
+    """
+    for name, value, known in (("second_stage", second_stage, STAGES), ("reset_memory", reset_memory, RESET)):
+        if value not in known:
+            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    inner, outer = inner_objective(student, loss), outer_objective(student, task)
+    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name)
+    only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
+
+    def init(key: Key, inputs: Array) -> MethodState:
+        k_student, k_loss, k_teacher = jax.random.split(key, 3)
+        phi, tau = loss.init(k_loss), teacher.init(k_teacher)
+        theta = init_state(student.init(k_student, inputs), student_optimizer)
+        return MethodState(theta, phi, tau, teacher.memory(phi), teacher_optimizer.init(tau))
+
+    def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
+        h = state.memory
+        if reset_memory == "epoch":
+            h = jax.tree.map(lambda x: jnp.where(batches.first_of_epoch, jnp.zeros_like(x), x), h)
+
+        first = differentiate(state.loss, state.student, *stage(batches, 0))  # A, B
+
+        def teach(tau: PyTree) -> tuple[PyTree, PyTree]:
+            update, memory = teacher.update(tau, h, first.gradient, state.loss)
+            return optax.apply_updates(state.loss, update), memory
+
+        phi, pull, h = jax.vjp(teach, state.teacher, has_aux=True)  # C
+
+        theta = first.state if second_stage == "continue" else state.student
+        tau, adam = state.teacher, state.optimizer_state
+        if learn and jax.tree.leaves(tau):
+            second = differentiate(phi, theta, *stage(batches, -1))  # D
+            (tau_gradient,) = pull(second.gradient)  # E
+            update, adam = teacher_optimizer.update(tau_gradient, adam, tau)
+            tau = optax.apply_updates(tau, update)  # F
+        else:
+            second = only_train(phi, theta, *stage(batches, -1))
+            tau_gradient = {}  # nothing learns from stage D, so nothing is differentiated
+        metrics = _metrics(first, second, state.loss, phi, tau_gradient)
+        return MethodState(second.state, phi, tau, h, adam), metrics
+
+    return Method(init=init, round=round, stages=STAGES[second_stage], steps_per_round=STAGES[second_stage])
+
+
+def _metrics(
+    first: Hypergradient, second: Hypergradient, phi: PyTree, new_phi: PyTree, tau_gradient: PyTree
+) -> dict[str, Any]:
+    update = jax.tree.map(jnp.subtract, new_phi, phi)
+    return {
+        "train_loss": jnp.mean(second.losses),
+        "validation_error_stage_one": first.error,
+        "validation_error": second.error,
+        **{f"validation_{name}": value for name, value in second.metrics.items()},
+        "hypergradient_norm": optax.tree.norm(first.gradient),
+        "hypergradient_norm_stage_two": optax.tree.norm(second.gradient),
+        "dln_update_norm": optax.tree.norm(update),
+        "dln_norm": optax.tree.norm(new_phi),
+        "teacher_gradient_norm": optax.tree.norm(tau_gradient),
+        "finite": finite(
+            ("validation error of stage one", {"e_val": first.error}),
+            ("hypergradient of stage one", first.gradient),
+            ("DLN update", update),
+            ("validation error of stage two", {"e_val": second.error}),
+            ("hypergradient of stage two", second.gradient),
+            ("teacher gradient", tau_gradient),
+        ),
+    }

@@ -1,0 +1,161 @@
+"""Pictures of a run: learning curves over seeds, and learned losses as surfaces. The only file that knows matplotlib.
+
+Legend: R points of a curve, G grid points along one axis of a surface. All write `path` and return the Figure.
+"""
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+from matplotlib.ticker import FuncFormatter, MaxNLocator
+from numpy.lib.stride_tricks import sliding_window_view
+from numpy.typing import ArrayLike
+
+from l2t_jax.types import Array
+
+# Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow that white paper swallows.
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+_STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
+_CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
+_MOST_POINTS = 2000  # a line has no more, since a picture has no more pixels
+
+Curves = dict[str, tuple[Array | np.ndarray, Array | np.ndarray]]  # name -> x [R], y [seeds, R]
+
+
+def learning_curves(
+    path: str | Path, curves: Curves, *, ylabel: str, title: str, log_y: bool = True, window: int | None = None
+) -> Figure:
+    """Draw the mean over seeds of every curve, with a band from the lowest to the highest seed.
+
+    Args:
+        path: the picture, its format by the suffix.
+        curves: name -> (x [R] in student steps, y [seeds, R]); points that are not finite are left out.
+        ylabel: quantity and unit of y.
+        title: above the plot.
+        log_y: logarithmic y axis; then points that are not positive are left out too.
+        window: points of the running median over which mean and band are smoothed (1: none); by default 1/50 of R above
+            100 points. Where it smooths, the mean as it was is drawn faintly behind.
+
+    Raises:
+        ValueError: where a curve's x and y do not fit each other.
+    """
+    figure, axes = _figure()
+    for index, (name, (x, y)) in enumerate(curves.items()):
+        x, y = _checked(name, x, y)
+        y = np.where(np.isfinite(y) & ((y > 0) | (not log_y)), y, np.nan)
+        _curve(axes, name, x, y, window or default_window(x.size), index)
+    if log_y:
+        axes.set_yscale("log", nonpositive="mask")
+    axes.set(xlabel="student steps", ylabel=ylabel, title=title)
+    axes.grid(True, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
+    if curves:
+        axes.legend(frameon=False, fontsize="small")
+    return _write(figure, path)
+
+
+def norms(path: str | Path, curves: Curves, *, title: str, ylabel: str = "norm", window: int | None = None) -> Figure:
+    """`learning_curves` on a logarithmic axis, for norms (of hypergradients, of updates), which range over decades."""
+    return learning_curves(path, curves, ylabel=ylabel, title=title, log_y=True, window=window)
+
+
+def loss_surfaces(path: str | Path, surfaces: list[tuple[str, ArrayLike]], *, title: str) -> Figure:
+    """Draw a learned loss at several moments of its training, as Figure 3 of the L2T-DLN paper does.
+
+    Args:
+        path: the picture, its format by the suffix.
+        surfaces: (name, value of the loss [G, G]) per moment, left to right. The first axis is the prediction of the
+            right class and the second that of a wrong class, both from 0 to 1. Each surface has a z axis of its own, as
+            their ranges differ by orders; the range is printed above it.
+        title: above all of them.
+
+    Raises:
+        ValueError: where there is no surface, or one is not of two axes.
+    """
+    if not surfaces:
+        raise ValueError("There is no surface to draw: give at least one (name, values [G, G]).")
+    width, height = _CELL[0] * len(surfaces), _CELL[1]
+    figure = Figure(figsize=(width, height))
+    for index, (name, values) in enumerate(surfaces):
+        left = (index * _CELL[0] + 0.05) / width
+        axes = figure.add_axes((left, 0.04, (_CELL[0] - 0.6) / width, 0.78), projection="3d")
+        _surface(axes, name, np.asarray(values, np.float64))
+    figure.suptitle(title, y=0.98)
+    return _write(figure, path)
+
+
+def default_window(points: int) -> int:
+    """The odd length of the running median for a curve of so many points."""
+    return 1 if points <= 100 else 2 * (points // 100) + 1
+
+
+def running_median(y: np.ndarray, window: int, at: np.ndarray) -> np.ndarray:
+    """Median of the finite ones of the `window` (odd) points of y [R] around each index in `at`; NaN if none is."""
+    half = window // 2
+    padded = np.pad(y.astype(np.float64), half, constant_values=np.nan)
+    around = sliding_window_view(padded, 2 * half + 1)[at]  # [at, window]
+    result = np.full(len(at), np.nan)
+    some = np.isfinite(around).any(axis=1)
+    result[some] = np.nanmedian(around[some], axis=1)
+    return result
+
+
+def _figure() -> tuple[Figure, Axes]:
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    return figure, figure.add_subplot()
+
+
+def _checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
+    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+    if x.ndim != 1 or y.ndim != 2 or y.shape[1] != x.size:
+        raise ValueError(f"Curve {name!r} has x {x.shape} and y {y.shape}: give x [R] and y [seeds, R].")
+    return x, y
+
+
+def _curve(axes: Axes, name: str, x: np.ndarray, y: np.ndarray, window: int, index: int) -> None:
+    colour = COLOURS[index % len(COLOURS)]
+    at = np.unique(np.linspace(0, x.size - 1, min(x.size, _MOST_POINTS)).astype(int))
+    mean, low, high = _mean(y), np.fmin.reduce(y, axis=0), np.fmax.reduce(y, axis=0)
+    if window > 1:
+        axes.plot(x[at], mean[at], color=colour, alpha=0.2, linewidth=0.6)
+    middle, low, high = (running_median(values, window, at) for values in (mean, low, high))
+    if y.shape[0] > 1:
+        axes.fill_between(x[at], low, high, color=colour, alpha=0.18, linewidth=0)
+    style = _STYLES[index // len(COLOURS) % len(_STYLES)]
+    marker = "o" if np.isfinite(middle).sum() == 1 else None  # a line needs two points
+    axes.plot(x[at], middle, style, color=colour, linewidth=1.6, marker=marker, label=name)
+
+
+def _mean(y: np.ndarray) -> np.ndarray:
+    """Mean over the seeds that have a value; NaN where none has."""
+    count = np.isfinite(y).sum(axis=0)
+    return np.where(count, np.nansum(y, axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _surface(axes: Any, name: str, z: np.ndarray) -> None:
+    if z.ndim != 2:
+        raise ValueError(f"Surface {name!r} has shape {z.shape}: give values [G, G].")
+    right, wrong = np.meshgrid(*(np.linspace(0, 1, size) for size in z.shape), indexing="ij")
+    finite = z[np.isfinite(z)]
+    low, high = (finite.min(), finite.max()) if finite.size else (math.nan, math.nan)
+    axes.plot_surface(right, wrong, z, cmap="viridis", rcount=40, ccount=40, linewidth=0, antialiased=True)
+    axes.set_title(f"{name}\n{low:.3g} to {high:.3g}" if finite.size else f"{name}\nnot finite", fontsize=10, pad=-6)
+    axes.set_xlabel("right class", fontsize=8, labelpad=-4)
+    axes.set_ylabel("wrong class", fontsize=8, labelpad=-4)
+    axes.set(xticks=[0, 0.5, 1], yticks=[0, 0.5, 1])
+    axes.tick_params(labelsize=7, pad=-1)
+    axes.tick_params(axis="z", pad=6)
+    axes.zaxis.set_major_locator(MaxNLocator(4))
+    axes.zaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:.3g}"))
+    axes.view_init(elev=25, azim=-60)
+
+
+def _write(figure: Figure, path: str | Path) -> Figure:
+    FigureCanvasAgg(figure)
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    return figure

@@ -1,0 +1,74 @@
+"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
+
+
+class RunProgress:
+    """Rounds done over all runs of an experiment, with the time left at each method's own measured speed."""
+
+    def __init__(self, runs: list[tuple[str, int]], rounds: int) -> None:
+        """Take the (method, seed) pairs in the order in which they will run, and the rounds of each."""
+        self.console = Console(stderr=True)
+        self._done = dict.fromkeys(runs, 0)
+        self._rounds = rounds
+        self._seconds_per_round: dict[str, float] = {}
+        self._marks: dict[tuple[str, int], tuple[float, int]] = {}
+        self._printed = time.monotonic()
+        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        self._bar = Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() else None
+        self._task = self._bar.add_task("", total=rounds * len(runs), note="compiling") if self._bar else None
+
+    def __enter__(self) -> "RunProgress":
+        """Show the bar."""
+        if self._bar:
+            self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Take the bar away."""
+        if self._bar:
+            self._bar.stop()
+
+    def update(self, method: str, seed: int, done: int, error: float | None) -> None:
+        """Note that a run has done so many rounds and what its last validation error was."""
+        run, now = (method, seed), time.monotonic()
+        if run in self._marks and done > self._marks[run][1]:
+            then, before = self._marks[run]
+            self._seconds_per_round[method] = (now - then) / (done - before)
+        self._marks[run] = (now, done)
+        self._done[run] = done
+        shown = "compiling" if error is None else f"validation error {error:.3f}"
+        note = f"round {done}/{self._rounds}  {shown}  {self._left()}"
+        label = f"{method}, seed {seed} (run {list(self._done).index(run) + 1} of {len(self._done)})"
+        if self._bar and self._task is not None:
+            self._bar.update(self._task, completed=sum(self._done.values()), description=label, note=note)
+        elif done == self._rounds or now - self._printed >= SECONDS_BETWEEN_LINES:
+            self.line(f"{label}: {note}")
+            self._printed = now
+
+    def line(self, text: str) -> None:
+        """Print a line above the bar."""
+        self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def end(self, method: str, seed: int) -> None:
+        """Note that a run has ended, early or not."""
+        self._done[(method, seed)] = self._rounds
+
+    def _left(self) -> str:
+        if not self._seconds_per_round:
+            return ""
+        slowest = max(self._seconds_per_round.values())  # of methods not met yet nothing is known: expect the worst
+        left = sum(
+            (self._rounds - done) * self._seconds_per_round.get(method, slowest)
+            for (method, _), done in self._done.items()
+        )
+        return f"{int(left // 60)}:{int(left % 60):02d} left"

@@ -1,0 +1,340 @@
+"""The record of a run directory: what was asked, where it ran, and what was measured. Everything survives a kill."""
+
+import contextlib
+import fcntl
+import json
+import math
+import os
+import platform
+import shlex
+import subprocess
+import sys
+import zipfile
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import IO, Any
+
+import jax
+import numpy as np
+
+import l2t_jax
+from l2t_jax.types import PyTree
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+_locks: dict[Path, IO[str]] = {}  # held for the life of the process, so that a crash in a notebook can be resumed there
+
+
+class WorkdirError(ValueError):
+    """A run directory that cannot be used for this run; one line says why and what to do."""
+
+
+def write_json(path: str | Path, obj: Any) -> None:
+    """Write `obj` as strict JSON, atomically: readers see the old file or the new one, never a part.
+
+    Non-finite floats become null; NumPy and JAX arrays become numbers and lists. Raises TypeError for what JSON cannot
+    hold.
+    """
+    text = json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n"
+    with _replacing(path) as file:
+        file.write(text.encode())
+
+
+def save_arrays(path: str | Path, tree: PyTree) -> None:
+    """Write a pytree of arrays as .npz, atomically, under keys like `params/dense/kernel`.
+
+    Typed PRNG keys are stored as their data; dtypes unknown to NumPy (bfloat16) as float32, which holds them exactly.
+    Raises ValueError where two leaves would have the same key.
+    """
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    arrays = {jax.tree_util.keystr(where, simple=True, separator="/"): _storable(leaf) for where, leaf in leaves}
+    if len(arrays) < len(leaves):
+        raise ValueError("Two leaves of the tree have the same path once joined by '/': rename one of them.")
+    # Not np.savez: it takes the names as keywords, and a leaf may be called `file`.
+    with _replacing(path) as file, zipfile.ZipFile(file, "w") as archive:
+        for name, array in arrays.items():
+            with archive.open(f"{name}.npy", "w", force_zip64=True) as member:
+                np.lib.format.write_array(member, array, allow_pickle=False)
+
+
+def load_arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Read what `save_arrays` wrote: {"params/dense/kernel": array, ...}."""
+    with np.load(path, allow_pickle=False) as archive:
+        return {name: archive[name] for name in archive.files}
+
+
+class Metrics:
+    """An append-only file of one JSON object per line. Only lines that end in a newline count."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the file; it is made by the first `append`."""
+        self.path = Path(path)
+
+    def append(self, rows: list[dict[str, Any]]) -> None:
+        """Add `rows`; they are on the disk when this returns. A torn last line is dropped first."""
+        text = "".join(json.dumps(_plain(row), allow_nan=False) + "\n" for row in rows)
+        with self.path.open("ab+") as file:
+            _drop_torn_line(file)
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+
+    def truncate(self, keep: Callable[[dict[str, Any]], bool]) -> None:
+        """Keep only the rows for which `keep(row)` is true, atomically, and drop a torn last line."""
+        if self.path.exists():
+            rows = [row for row in self.read(self.path) if keep(row)]
+            with _replacing(self.path) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    @staticmethod
+    def read(path: str | Path) -> list[dict[str, Any]]:
+        """All rows of a file, none if it is absent. Raises ValueError, with the line, where one is not JSON."""
+        if not Path(path).exists():
+            return []
+        rows = []
+        for number, line in enumerate(Path(path).read_bytes().split(b"\n")[:-1], start=1):
+            try:
+                rows.append(json.loads(line))
+            except ValueError as error:
+                raise ValueError(f"{path}, line {number}, is not JSON: repair or delete that line.") from error
+        return rows
+
+
+class RunDirectory:
+    """Where a run keeps its record: config.json, metrics.jsonl, checkpoints/, plots/, snapshots/."""
+
+    def __init__(self, path: str | Path) -> None:
+        """Name the directory; `open_run` checks and locks it."""
+        self.path = Path(path)
+        self.config_path = self.path / "config.json"
+        self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.plots_dir = self.path / "plots"
+        self.snapshots_dir = self.path / "snapshots"
+
+    def checkpoints_dir(self, name: str, seed: int) -> Path:
+        """Where the checkpoints of one seed of the run or method `name` are."""
+        return self.path / "checkpoints" / name / f"seed_{seed}"
+
+    def close(self) -> None:
+        """Give the directory free for other processes; the end of this one does it too."""
+        if lock := _locks.pop(self.path.resolve(), None):
+            lock.close()
+
+
+def open_run(path: str | Path, config: dict[str, Any], resume: bool) -> RunDirectory:
+    """Make or reopen the directory of a run, lock it for this process, and record `config` and the environment there.
+
+    A fresh run writes {"config", "environment", "command"}; each resumption adds to the list "resumed". `resume` on a
+    directory without a run starts one. Raises WorkdirError where the directory cannot be written, is in use by another
+    process, or holds a run that is not this one, or is this one and `resume` is false.
+    """
+    run = RunDirectory(path)
+    held = run.path.resolve() in _locks
+    _lock(run.path)
+    try:
+        record = _admit(run, json.loads(json.dumps(_plain(config))), resume)
+        here = {"environment": environment(), "command": shlex.join(sys.argv)}
+        if record is None:
+            write_json(run.config_path, {"config": config, **here})
+        else:
+            write_json(run.config_path, {**record, "resumed": [*record.get("resumed", []), here]})
+    except BaseException:
+        if not held:
+            run.close()
+        raise
+    return run
+
+
+def environment() -> dict[str, Any]:
+    """Versions, the commit of the source tree (None where there is none) and the hardware. Never an error."""
+    versions: dict[str, str | None] = {"python": platform.python_version(), "l2t_jax": l2t_jax.__version__}
+    for name in _PACKAGES:
+        try:
+            versions[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            versions[name] = None
+    return {"versions": versions, "git": _git(), "hardware": _hardware()}
+
+
+def tensorboard_writer(path: str | Path, purge_step: int | None = None) -> Any:
+    """A tensorboardX SummaryWriter on `path`; events from `purge_step` on, written before a resumption, are hidden.
+
+    Raises ImportError where tensorboardX is absent.
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("TensorBoard logs need tensorboardX: pip install l2t_jax[tensorboard].") from error
+    return SummaryWriter(str(path), purge_step=purge_step)
+
+
+def _plain(obj: Any) -> Any:
+    """`obj` in terms of what strict JSON has."""
+    if obj is None or isinstance(obj, bool | int | str):
+        return obj
+    if isinstance(obj, float):
+        return float(obj) if math.isfinite(obj) else None
+    if isinstance(obj, dict):
+        return {str(key): _plain(value) for key, value in obj.items()}
+    if isinstance(obj, list | tuple):
+        return [_plain(value) for value in obj]
+    if isinstance(obj, Path):
+        return str(obj)
+    if isinstance(obj, np.ndarray | np.generic | jax.Array):
+        return _plain(np.asarray(obj).tolist())
+    raise TypeError(
+        f"A {type(obj).__name__} cannot be written as JSON: give numbers, strings, lists and dicts of them."
+    )
+
+
+def _storable(leaf: Any) -> np.ndarray:
+    if hasattr(leaf, "dtype") and jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    array = np.asarray(leaf)
+    return array if array.dtype.isbuiltin == 1 else array.astype(np.float32)
+
+
+@contextlib.contextmanager
+def _replacing(path: str | Path) -> Iterator[IO[bytes]]:
+    """A file that takes the place of `path`, on the disk, once it was written without an error."""
+    path = Path(path)
+    partial = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with partial.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+    directory = os.open(path.parent, os.O_RDONLY)
+    os.fsync(directory)
+    os.close(directory)
+
+
+def _drop_torn_line(file: IO[bytes]) -> None:
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(size - 1, 0))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _lock(path: Path) -> None:
+    """Make the directory and lock it. Writing into the lock shows at once whether the directory can be written."""
+    if path.resolve() in _locks:
+        return
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        file = (path / ".lock").open("a+")
+    except OSError as error:
+        raise _unwritable(path, error) from error
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+    except OSError as error:
+        owner = _owner(file)
+        file.close()
+        if isinstance(error, BlockingIOError):
+            raise WorkdirError(
+                f"{path} is in use by process {owner}: wait for it, or choose another --workdir."
+            ) from None
+        raise _unwritable(path, error) from error
+    _locks[path.resolve()] = file
+
+
+def _owner(file: IO[str]) -> str:
+    file.seek(0)
+    return file.read().strip() or "unknown"
+
+
+def _unwritable(path: Path, error: OSError) -> WorkdirError:
+    return WorkdirError(f"{path} cannot be used as a run directory ({error.strerror}): choose another --workdir.")
+
+
+def _admit(run: RunDirectory, config: Any, resume: bool) -> dict[str, Any] | None:
+    """The record of the run to go on with, or None where a fresh one may start; WorkdirError for all else."""
+    if not run.config_path.exists():
+        if run.metrics.path.exists() or (run.path / "checkpoints").exists():
+            raise WorkdirError(f"{run.path} holds a run without its config.json: choose another --workdir.")
+        return None
+    record = _read_record(run.config_path)
+    if different := list(_differences(record["config"], config)):
+        raise WorkdirError(f"{run.path} holds another run ({'; '.join(different)}): choose another --workdir.")
+    if not resume:
+        raise WorkdirError(
+            f"{run.path} holds this run already: pass --resume to go on with it, or choose another --workdir."
+        )
+    return record
+
+
+def _read_record(path: Path) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_bytes())
+        if not isinstance(record["config"], dict):
+            raise TypeError
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise WorkdirError(f"{path} is damaged: restore it, or choose another --workdir.") from error
+    return record
+
+
+def _differences(there: Any, asked: Any, field: str = "") -> Iterator[str]:
+    if isinstance(there, dict) and isinstance(asked, dict):
+        for name in sorted(there.keys() | asked.keys()):
+            inner = f"{field}.{name}" if field else name
+            if name not in there or name not in asked:
+                yield f"{inner}: there {_brief(there, name)}, asked {_brief(asked, name)}"
+            else:
+                yield from _differences(there[name], asked[name], inner)
+    elif json.dumps(there) != json.dumps(asked):
+        yield f"{field}: there {json.dumps(there)[:80]}, asked {json.dumps(asked)[:80]}"
+
+
+def _brief(config: dict[str, Any], name: str) -> str:
+    return json.dumps(config[name])[:80] if name in config else "absent"
+
+
+def _git() -> dict[str, Any] | None:
+    """Commit of the tree this package is tracked in; dirty if any Python file of it is changed or new."""
+    try:
+        _git_output(
+            "ls-files", "--error-unmatch", "__init__.py"
+        )  # else the repository is a stranger around an installation
+        dirty = bool(_git_output("status", "--porcelain", "--untracked-files=all", "--", ":/*.py"))
+        return {"commit": _git_output("rev-parse", "HEAD"), "dirty": dirty}
+    except (OSError, subprocess.SubprocessError):
+        return None
+
+
+def _git_output(*arguments: str) -> str:
+    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
+
+
+def _hardware() -> dict[str, Any]:
+    return {
+        "platform": platform.platform(),
+        "cpu": _cpu_model(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": _memory(),
+        "backend": jax.default_backend(),
+        "devices": [device.device_kind for device in jax.devices()],
+    }
+
+
+def _cpu_model() -> str:
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def _memory() -> int | None:
+    try:
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    except (OSError, ValueError, AttributeError):
+        return None

@@ -1,0 +1,20 @@
+"""Students: the networks that are taught."""
+
+from collections.abc import Callable
+from functools import partial
+
+from l2t_jax.students.layers import from_linen
+from l2t_jax.students.lenet import lenet
+from l2t_jax.students.mlp import mlp
+from l2t_jax.students.resnet import resnet
+from l2t_jax.types import Student
+
+STUDENTS: dict[str, Callable[..., Student]] = {
+    "mlp": mlp,
+    "lenet": lenet,
+    "resnet8": partial(resnet, 8),
+    "resnet20": partial(resnet, 20),
+    "resnet32": partial(resnet, 32),
+}
+
+__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "resnet"]

@@ -1,0 +1,127 @@
+"""Small pieces the students share.
+
+Legend: B batch, H and W height and width in pixels, c channels.
+"""
+
+from functools import partial
+from typing import Any, cast
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2t_jax.types import Array, Key, PyTree, Student
+
+# Normal, not truncated, with variance 2 / fan_in: the initialisation of He et al. 2015, Eq. 10.
+he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+
+def from_linen(module: nn.Module) -> Student:
+    """Turn a flax.linen module with the call (inputs, train) into a `Student`.
+
+    Parameters and batch statistics take the dtype of the inputs, so a float64 run is float64 throughout:
+    linen creates batch statistics in float32 whatever its arguments say, which a scan carry would refuse.
+
+    Args:
+      module: maps inputs [B, ...] and a Python bool `train` to outputs [B, C].
+
+    Returns:
+      A student. `init(key, inputs)` gives {"params", "batch_stats"}, the latter {} without BatchNorm;
+      `apply(variables, inputs, train)` gives outputs [B, C] and the new statistics, which are those that
+      came in where `train` is False.
+
+    Raises:
+      ValueError: `init` was given inputs that are not floating point.
+    """
+
+    def init(key: Key, inputs: Array) -> dict[str, PyTree]:
+        if not jnp.issubdtype(inputs.dtype, jnp.floating):
+            raise ValueError(f"inputs are {inputs.dtype}, a student needs floats: normalise them first.")
+        # Under jit the forward pass that linen traces is dropped, and only the parameters are computed.
+        variables = jax.jit(lambda k, x: module.init(k, x, False))(key, inputs)
+        variables = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), variables)
+        return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
+
+    def apply(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Array, PyTree]:
+        old = variables["batch_stats"]
+        if not train or not old:
+            return cast(Array, module.apply(variables, inputs, train)), old
+        outputs, updated = module.apply(variables, inputs, True, mutable=["batch_stats"])
+        # linen reduces half precision in float32; the carry of a scan keeps its dtype.
+        return outputs, jax.tree.map(lambda a, b: a.astype(b.dtype), updated["batch_stats"], old)
+
+    return Student(init, apply)
+
+
+def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
+    """Make the BatchNorm all students use: statistics of the batch in training, running ones otherwise.
+
+    running <- 0.9 running + 0.1 batch, with the biased variance for both; epsilon is 1e-5.
+
+    Args:
+      train: whether to normalise by the batch and to move the running statistics.
+      axis_name: mapped axis over whose members the batch statistics are averaged as well, or None.
+      name: submodule name.
+
+    Returns:
+      An unbound linen module.
+
+    Source: Ioffe & Szegedy 2015.
+    """
+    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, name=name)
+
+
+def conv(channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
+    """Make a square convolution without bias, He-normal, output i centred on input stride * i.
+
+    linen's "SAME" shifts strided convolutions by a pixel, out of line with a subsampled shortcut.
+    """
+    options: dict[str, Any] = {"use_bias": False, "kernel_init": he_normal, "padding": kernel // 2}
+    return nn.Conv(channels, (kernel, kernel), (stride, stride), name=name, **options)
+
+
+def max_pool(x: Array, window: int = 2) -> Array:
+    """Take the maximum over windows that do not overlap: [B, H, W, c] -> [B, H // window, W // window, c].
+
+    Rows and columns left over are dropped. A reshape and a maximum, because the gradient of XLA's own
+    max-pool is slow inside loops on CPU; where values tie, the gradient is shared equally instead of going to
+    the first.
+    """
+    b, h, w, c = x.shape
+    x = x[:, : h - h % window, : w - w % window]
+    return x.reshape(b, h // window, window, w // window, window, c).max((2, 4))
+
+
+def average_pool_to_grid(x: Array, grid: int) -> Array:
+    """Average a feature map over grid x grid equal cells: [B, H, W, c] -> [B, grid, grid, c].
+
+    Raises:
+      ValueError: the map cannot be divided into that many equal cells.
+    """
+    b, h, w, c = x.shape
+    if h % grid or w % grid:
+        raise ValueError(
+            f"The final feature map is {h}x{w}, which does not divide into head_grid={grid} equal cells a "
+            "side: use head_grid=1 or larger images."
+        )
+    return x.reshape(b, grid, h // grid, grid, w // grid, c).mean((2, 4))
+
+
+def pad_to(x: Array, size: int) -> Array:
+    """Pad images with zeros, centred, up to size x size; images at least that large are left alone."""
+    missing = [max(0, size - length) for length in x.shape[1:3]]
+    return jnp.pad(x, ((0, 0), *((m // 2, m - m // 2) for m in missing), (0, 0)))
+
+
+def require_positive(**sizes: int) -> None:
+    """Check that every named size of a builder is an integer of at least 1.
+
+    Raises:
+      ValueError: names the first that is not.
+    """
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"{name}={size!r} is not a positive integer: give {name} at least 1.")
+
+
+dense = partial(nn.Dense, kernel_init=he_normal)

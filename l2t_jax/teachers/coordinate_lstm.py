@@ -1,0 +1,114 @@
+"""The teacher of L2T-DLN: one small LSTM shared by all coordinates of the DLN.
+
+Legend: P loss parameters (the LSTM's batch axis), H units of a layer, F input features of a coordinate (1 or 2).
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from l2t_jax.types import Array, Key, PyTree, Teacher
+
+UNITS = (64, 64, 64, 1)
+
+
+class Cell(NamedTuple):
+    """One LSTM layer, gates in the order i, f, g, o. Two biases, as in the released code: 84 236 parameters in all."""
+
+    input_kernel: Array  # [F or H, 4H]
+    hidden_kernel: Array  # [H, 4H]
+    input_bias: Array  # [4H]
+    hidden_bias: Array  # [4H]
+
+
+class CellState(NamedTuple):
+    """What a layer remembers of every coordinate."""
+
+    hidden: Array  # [P, H]
+    cell: Array  # [P, H]
+
+
+def coordinate_lstm(
+    dln_lr: float = 1e-3, *, update_sign: int = 1, preprocess: float | None = 10.0, odd: bool = False
+) -> Teacher:
+    """Build the coordinate-wise LSTM 64-64-64-1: update = sign * gamma * g, [g, h] = T(hypergradient, h).
+
+    Args:
+      dln_lr: gamma, the bound on any coordinate's change in one update, since g is an LSTM output in (-1, 1).
+      update_sign: +1 as in Eq. 3, -1 as in the released code. Immaterial in principle (T is learned), not in practice.
+      preprocess: p of the log/sign preprocessing; None feeds the raw hypergradient.
+      odd: use (T(d) - T(-d)) / 2, which has no common offset over the coordinates at initialisation. Not in the paper.
+    Returns:
+      a `Teacher` whose memory holds a hidden and a cell state for every coordinate.
+    Source: L2T-DLN (NeurIPS 2023) Eq. 3 and 5.1; coordinate-wise after Andrychowicz et al. 2016. The paper does not
+    mention preprocessing; the released code has it with p = 10. The output is the last layer's hidden state.
+    """
+    features = 1 if preprocess is None else 2
+
+    def init(key: Key) -> tuple[Cell, ...]:
+        return init_cells(key, features)
+
+    def memory(loss_params: PyTree) -> PyTree:
+        flat, _ = ravel_pytree(loss_params)
+        return (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
+
+    def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
+        flat, unravel = ravel_pytree(hypergradient)  # [P]
+        if odd:
+            up, up_memory = run_cells(params, memory[0], features_of(flat, preprocess))
+            down, down_memory = run_cells(params, memory[1], features_of(-flat, preprocess))
+            output, memory = (up - down) / 2, (up_memory, down_memory)
+        else:
+            output, memory = run_cells(params, memory, features_of(flat, preprocess))
+        return unravel(update_sign * dln_lr * output), memory
+
+    return Teacher(init=init, memory=memory, update=update)
+
+
+def init_cells(key: Key, features: int) -> tuple[Cell, ...]:
+    """Draw every entry of a layer from U(-1, 1) / sqrt(H), the released code's initialisation."""
+    cells = []
+    for k, inputs, h in zip(jax.random.split(key, len(UNITS)), (features, *UNITS[:-1]), UNITS, strict=True):
+        bound = 1 / math.sqrt(h)
+        shapes = ((inputs, 4 * h), (h, 4 * h), (4 * h,), (4 * h,))
+        keys = jax.random.split(k, len(shapes))
+        cells.append(
+            Cell(*(jax.random.uniform(q, s, minval=-bound, maxval=bound) for q, s in zip(keys, shapes, strict=True)))
+        )
+    return tuple(cells)
+
+
+def zero_states(flat: Array) -> tuple[CellState, ...]:
+    """All layers' states before the first update, for loss parameters [P]; no two share a buffer."""
+    return tuple(CellState(*(jnp.zeros((flat.size, h), flat.dtype) for _ in CellState._fields)) for h in UNITS)
+
+
+def features_of(gradient: Array, p: float | None) -> Array:
+    """Turn a gradient [P] that spans many orders of magnitude into LSTM inputs [P, F].
+
+    (log(|d| + 1e-8) / p, sign d) where |d| >= e^-p, else (-1, e^p d); d itself where p is None.
+
+    Source: Andrychowicz et al. 2016, Appendix A, with the 1e-8 of the released code.
+    """
+    if p is None:
+        return gradient[:, None]
+    magnitude = jnp.abs(gradient)
+    large = magnitude >= math.exp(-p)
+    first = jnp.where(large, jnp.log(magnitude + 1e-8) / p, -1.0)
+    second = jnp.where(large, jnp.sign(gradient), math.exp(p) * gradient)
+    return jnp.stack([first, second], axis=-1).astype(gradient.dtype)
+
+
+def run_cells(cells: tuple[Cell, ...], memory: tuple[CellState, ...], x: Array) -> tuple[Array, tuple[CellState, ...]]:
+    """Run one time step of all layers for all coordinates: x [P, F] -> output [P] in (-1, 1), new memory."""
+    states = []
+    for cell, state in zip(cells, memory, strict=True):
+        gates = x @ cell.input_kernel + state.hidden @ cell.hidden_kernel + cell.input_bias + cell.hidden_bias
+        i, f, g, o = jnp.split(gates, 4, axis=-1)  # [P, H] each
+        new_cell = jax.nn.sigmoid(f) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)
+        x = jax.nn.sigmoid(o) * jnp.tanh(new_cell)
+        states.append(CellState(x, new_cell))
+    return x[:, 0], tuple(states)

@@ -1,0 +1,121 @@
+"""The student step (Eq. 2), its objectives, and the unroll: a scan over N of them.
+
+Legend: B batch, V validation batch, N unroll length.
+"""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from l2t_jax.types import Array, Batch, Loss, PyTree, Student, StudentState, Task
+
+# (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
+InnerLoss = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
+# (params, batch_stats, validation batch) -> scalar error, anything to report
+OuterError = Callable[[PyTree, PyTree, PyTree], tuple[Array, PyTree]]
+# as InnerLoss -> gradient with respect to params, loss, new batch_stats
+Gradient = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, Array, PyTree]]
+# (state, loss parameters, batch) -> next state, loss
+Step = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
+
+
+def inner_objective(student: Student, loss: Loss) -> InnerLoss:
+    """The student's training objective: the mean of the unreduced loss over a batch, batch statistics in BatchNorm."""
+
+    def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+        outputs, stats = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
+        return jnp.mean(loss.apply(loss_params, outputs, batch.targets)), stats
+
+    return inner
+
+
+def outer_objective(student: Student, task: Task) -> OuterError:
+    """The validation error e_val and the task's metrics, means over a validation batch.
+
+    BatchNorm uses the statistics of the validation batch, as in the released code; what that batch would add to the
+    running statistics is dropped, so validation data never enters the student that is tested.
+    """
+
+    def outer(params: PyTree, batch_stats: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+        outputs, _ = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
+        metrics = {name: jnp.mean(value) for name, value in task.metrics(outputs, batch.targets).items()}
+        return jnp.mean(task.error(outputs, batch.targets)), metrics
+
+    return outer
+
+
+def init_state(variables: dict[str, PyTree], optimizer: optax.GradientTransformation) -> StudentState:
+    """Make the state that an unroll carries from {"params": ..., "batch_stats": ... (optional)}."""
+    params = variables["params"]
+    return StudentState(params, variables.get("batch_stats", {}), optimizer.init(params))
+
+
+def plain_gradient(inner: InnerLoss) -> Gradient:
+    """The student's gradient by `jax.grad`, with nothing said about how it is differentiated in turn."""
+
+    def gradient(
+        params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree
+    ) -> tuple[PyTree, Array, PyTree]:
+        (loss, stats), grads = jax.value_and_grad(inner, has_aux=True)(params, batch_stats, loss_params, batch)
+        return grads, loss, stats
+
+    return gradient
+
+
+def student_step(gradient: Gradient, optimizer: optax.GradientTransformation, *, axis_name: str | None = None) -> Step:
+    """Build the only place where a student is updated: theta <- theta - eta * d/dtheta L_phi(S_theta(x), y).
+
+    Args:
+      gradient: see `Gradient`.
+      optimizer: any optax transformation that can be differentiated; the paper's is `optax.sgd(0.1)`. Inside an
+        unroll Adam needs `eps_root > 0`: its square root has no derivative at a zero gradient.
+      axis_name: mapped axis over which a batch is split, if any. The mean is taken of the gradient, never of the
+        loss: only so is the derivative through the step exact.
+    Returns:
+      step(state, loss_params, batch) -> next state, loss [].
+    Source: L2T-DLN (NeurIPS 2023), Eq. 2.
+    """
+
+    def step(state: StudentState, loss_params: PyTree, batch: PyTree) -> tuple[StudentState, Array]:
+        grads, loss, stats = gradient(state.params, state.batch_stats, loss_params, batch)
+        grads = mean_over(axis_name, grads)
+        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+        return StudentState(optax.apply_updates(state.params, updates), stats, optimizer_state), loss
+
+    return step
+
+
+def unroll(step: Step, state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
+    """Run N student steps, one for each entry of the batches (leaves [N, B, ...]).
+
+    Returns:
+      the state after N steps, and the losses [N] before each of them.
+    """
+    return lax.scan(lambda carry, batch: step(carry, loss_params, batch), state, batches)
+
+
+def unrolled_error(
+    step: Step, outer: OuterError
+) -> Callable[[PyTree, StudentState, PyTree, PyTree], tuple[Array, tuple[StudentState, Array, PyTree]]]:
+    """Build the function that hypergradients differentiate: N student steps under phi, then the validation error.
+
+    Returns:
+      objective(phi, state, batches, validation) -> error [], (state after N steps, losses [N], metrics).
+    """
+
+    def objective(
+        phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree
+    ) -> tuple[Array, tuple[StudentState, Array, PyTree]]:
+        state, losses = unroll(step, state, phi, batches)
+        error, metrics = outer(state.params, state.batch_stats, validation)
+        return error, (state, losses, metrics)
+
+    return objective
+
+
+def mean_over(axis_name: str | None, tree: PyTree) -> PyTree:
+    """The mean over a mapped axis, or the tree itself where nothing is mapped."""
+    return tree if axis_name is None else lax.pmean(tree, axis_name)
