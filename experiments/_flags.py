@@ -58,8 +58,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "preset",
     "residual",
-    f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual a version "
-    "of it that was seen to be stable. Sets the defaults of the flags below.",
+    f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual a "
+    "version of it that was seen to be stable. Sets the defaults of the flags below.",
 )
 flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
 flags.DEFINE_integer(
@@ -72,7 +72,7 @@ flags.DEFINE_integer(
     "epochs", None, f"Passes over the validation part. Default: {_by_preset('epochs')}.", lower_bound=1
 )
 flags.DEFINE_integer(
-    "rounds", None, "Rounds in all, instead of --epochs. A round is one teacher update.", lower_bound=1
+    "rounds", None, "Rounds in all, instead of --epochs; each updates the teacher once.", lower_bound=1
 )
 flags.DEFINE_integer(
     "batch_size", None, f"Examples of a student step. Default: {_by_preset('batch_size')}.", lower_bound=1
@@ -150,7 +150,9 @@ def resolve(experiment: str) -> tuple[Config, Options]:
     if FLAGS.resume and FLAGS.workdir is None:
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
     names = {field.name for field in dataclasses.fields(Preset)}
-    given = {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None}
+    given: dict[str, Any] = {
+        name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None
+    }
     config = Config(
         dataset=_known("dataset", FLAGS.dataset, DATASETS),
         student=_known("student", FLAGS.student, STUDENTS),

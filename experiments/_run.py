@@ -250,18 +250,18 @@ def _plot(setting: Setting, directory: RunDirectory) -> None:
         if np.nanmax(curve[1], initial=0) > 0
     }
     if norms:
-        plots.learning_curves(directory.plots_dir / "norms.png", norms, ylabel="norm", title=f"{what}: norms")
+        plots.norms(directory.plots_dir / "norms.png", norms, title=f"{what}: norms")
     for folder in sorted(directory.snapshots_dir.glob("*/seed_*")):
         _plot_surfaces(setting, directory, folder)
 
 
-def curves(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
     """Gather one metric by method: student steps [R], values [seeds, R] with NaN where a seed stopped early."""
     found: dict[str, dict[int, dict[int, float]]] = {}
     for row in rows:
         if row.get(name) is not None:
             found.setdefault(row["method"], {}).setdefault(row["seed"], {})[row["student_steps"]] = row[name]
-    gathered = {}
+    gathered: plots.Curves = {}
     for method, by_seed in found.items():
         steps = sorted(set().union(*by_seed.values()))
         values = [[series.get(step, np.nan) for step in steps] for series in by_seed.values()]
@@ -271,14 +271,15 @@ def curves(rows: list[dict[str, Any]], name: str) -> dict[str, tuple[np.ndarray,
 
 def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> None:
     right, wrong = jnp.meshgrid(*(jnp.linspace(0, 1, SURFACE_POINTS),) * 2, indexing="ij")  # [G, G]
-    surfaces = []
+    surfaces: list[tuple[str, Any]] = []
     for path in sorted(folder.glob("round_*.npz")):
         done = int(path.stem.removeprefix("round_"))
         share = "start" if done == 0 else "end" if done == setting.schedule.rounds else f"round {done}"
         arrays = load_arrays(path)
+        depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
-            Layer(arrays[f"{i}/kernel"], arrays.get(f"{i}/bias", ()))
-            for i in range(len({k.split("/")[0] for k in arrays}))
+            Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
+            for i in range(depth)
         ]
         surfaces.append((share, np.asarray(pair_value(layers, right, wrong))))
     added = " (added to cross entropy)" if setting.config.settings.residual else ""

@@ -13,6 +13,7 @@ Writes config.json, metrics.jsonl (a line a round), summary.json, plots/ and che
 import dataclasses
 import os
 import sys
+from typing import Any
 
 import optax
 from absl import app, flags
@@ -56,7 +57,7 @@ def main(argv: list[str]) -> None:
 
 def build_student(config: Config, num_classes: int) -> Student:
     """The student that the flags describe."""
-    knobs = {} if config.width is None else {"width": config.width}
+    knobs: dict[str, Any] = {} if config.width is None else {"width": config.width}
     if config.student.startswith("resnet"):
         knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid}
     elif (config.shortcut, config.head_grid) != ("a", 1):

@@ -7,7 +7,7 @@
 |-----------------------------|------------------|------------------|---------------------------------|----------------|
 | student                     | SGD 0.1          | SGD 0.1          | SGD 0.1                         | 5.1            |
 | gamma, step size of the DLN | 1e-3, added      | 1e-3, subtracted | 1e-3, subtracted                | Eq. 3; code    |
-| teacher                     | Adam 1e-3        | Adam 1e-3        | Adam 1e-3                       | 5.1            |
+| teacher                     | Adam 1e-3        | Adam 1e-3        | Adam 1e-2                       | 5.1            |
 | unroll length N             | 25               | 15               | 25                              | 5.2; code      |
 | batch, validation batch     | 25, 100          | 25, 100          | 25, 100                         | 5.2            |
 | epochs                      | 10               | 10               | 20                              | 5.1            |
@@ -49,6 +49,8 @@ class Preset:
 
 PAPER = Preset()
 RELEASED = Preset(unroll_length=15, second_stage="restart", dln_form="released", update_sign=-1)
-RESIDUAL = dataclasses.replace(RELEASED, unroll_length=25, epochs=20, squash="softmax", residual=True, odd=True)
+RESIDUAL = dataclasses.replace(
+    RELEASED, unroll_length=25, epochs=20, teacher_lr=1e-2, squash="softmax", residual=True, odd=True
+)
 
 PRESETS: dict[str, Preset] = {"residual": RESIDUAL, "paper": PAPER, "released": RELEASED}

@@ -257,10 +257,16 @@ def _not_orbax(record: logging.LogRecord) -> bool:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the abandoned coroutines of orbax from reporting errors that were caught here."""
-    hook = sys.unraisablehook
+    """Keep the abandoned coroutines and futures of orbax from reporting errors that were caught here."""
+    logger, hook = logging.getLogger("asyncio"), sys.unraisablehook
+
+    def nothing(record: logging.LogRecord) -> bool:
+        return False
+
+    logger.addFilter(nothing)
     sys.unraisablehook = lambda unraisable: None
     try:
         yield
     finally:
         sys.unraisablehook = hook
+        logger.removeFilter(nothing)

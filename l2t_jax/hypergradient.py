@@ -158,7 +158,7 @@ def _forward_derivative(f: Callable[..., Any], primals: Any, tangents: Any) -> A
         ) from error
 
 
-def _split_floats(tree: PyTree) -> tuple[list[Array], Callable[..., PyTree]]:
+def _split_floats(tree: PyTree) -> tuple[list[Array], Callable[..., Any]]:
     """Take the differentiable leaves out of a tree; the second result puts (new) ones back."""
     leaves, structure = jax.tree.flatten(tree)
     is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]

@@ -4,6 +4,7 @@ Legend: R points of a curve, G grid points along one axis of a surface. All writ
 """
 
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,7 +64,7 @@ def norms(path: str | Path, curves: Curves, *, title: str, ylabel: str = "norm",
     return learning_curves(path, curves, ylabel=ylabel, title=title, log_y=True, window=window)
 
 
-def loss_surfaces(path: str | Path, surfaces: list[tuple[str, ArrayLike]], *, title: str) -> Figure:
+def loss_surfaces(path: str | Path, surfaces: Sequence[tuple[str, ArrayLike]], *, title: str) -> Figure:
     """Draw a learned loss at several moments of its training, as Figure 3 of the L2T-DLN paper does.
 
     Args:
@@ -95,6 +96,8 @@ def default_window(points: int) -> int:
 
 def running_median(y: np.ndarray, window: int, at: np.ndarray) -> np.ndarray:
     """Median of the finite ones of the `window` (odd) points of y [R] around each index in `at`; NaN if none is."""
+    if not len(at):
+        return np.zeros(0)
     half = window // 2
     padded = np.pad(y.astype(np.float64), half, constant_values=np.nan)
     around = sliding_window_view(padded, 2 * half + 1)[at]  # [at, window]

@@ -51,13 +51,13 @@ class Schedule:
 
 
 class Dispatch(NamedTuple):
-    """The host's input to one dispatch; rows past `count` are padding, so that one compilation serves any count."""
+    """The host's input to one dispatch; rows past `wanted` are padding, so that one compilation serves any number."""
 
-    train: Array  # [R, S, N, B] int32
-    validation: Array  # [R, S, V] int32
-    round: Array  # [R] int32
-    first_of_epoch: Array  # [R] bool
-    count: Array  # [] int32
+    train: Array | np.ndarray  # [R, S, N, B] int32
+    validation: Array | np.ndarray  # [R, S, V] int32
+    round: Array | np.ndarray  # [R] int32
+    first_of_epoch: Array | np.ndarray  # [R] bool
+    wanted: Array | np.int32  # [] rounds to run
 
 
 class Failure(NamedTuple):
@@ -127,7 +127,7 @@ def compile_rounds(method: Method, task: Task, augment: bool) -> Callable[..., t
 
         def unfinished(carry: Any) -> Array:
             _, _, done, alive = carry
-            return alive & (done < dispatch.count)
+            return alive & (done < dispatch.wanted)
 
         state, buffers, done, _ = lax.while_loop(unfinished, body, (state, buffers, jnp.int32(0), jnp.bool_(True)))
         return state, buffers, done

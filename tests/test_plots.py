@@ -1,0 +1,106 @@
+"""Pictures are whole, labelled, and show the numbers they were given."""
+
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+from matplotlib.image import imread
+from mpl_toolkits.mplot3d import Axes3D
+
+from l2t_jax.plots import default_window, learning_curves, loss_surfaces, norms, running_median
+
+
+def curve(points: int, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:
+    x = 25 * np.arange(points)
+    return x, np.exp(-x / x.max()) * np.arange(1, seeds + 1)[:, None]
+
+
+def test_learning_curves_draw_the_mean_and_the_range_over_seeds(tmp_path: Path) -> None:
+    path = tmp_path / "plots" / "curves.png"
+    x, y = curve(20)
+    figure = learning_curves(path, {"ours": (x, y), "theirs": (x, 2 * y)}, ylabel="error", title="Digits")
+    assert imread(path).shape[:2] == (630, 1050)
+    (axes,) = figure.axes
+    assert (axes.get_xlabel(), axes.get_ylabel(), axes.get_title()) == ("student steps", "error", "Digits")
+    assert axes.get_yscale() == "log"
+    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["ours", "theirs"]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), np.stack([x, y.mean(0)], axis=1))
+    band = axes.collections[0].get_paths()[0].vertices
+    np.testing.assert_allclose([band[:, 1].min(), band[:, 1].max()], [y.min(), y.max()])
+    assert axes.lines[0].get_color() != axes.lines[1].get_color()
+
+
+def test_missing_values_leave_gaps_without_warnings(tmp_path: Path) -> None:
+    x, y = curve(10)
+    y[0, 3], y[:, 5], y[1, 7] = np.nan, np.nan, -1.0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        figure = learning_curves(tmp_path / "a.png", {"a": (x, y)}, ylabel="error", title="gaps")
+        learning_curves(tmp_path / "b.png", {"b": (x, np.full_like(y, np.nan))}, ylabel="error", title="nothing")
+        learning_curves(tmp_path / "c.png", {"c": (x[:0], y[:, :0])}, ylabel="error", title="no points")
+        learning_curves(tmp_path / "d.png", {}, ylabel="error", title="no curves")
+    drawn = figure.axes[0].lines[0].get_ydata()
+    assert np.isnan(drawn[5])
+    np.testing.assert_allclose(drawn[3], y[1:, 3].mean())
+    np.testing.assert_allclose(drawn[7], y[[0, 2], 7].mean())  # a logarithm has no place for the negative one
+
+
+def test_long_curves_are_smoothed_over_a_faint_one(tmp_path: Path) -> None:
+    x, y = curve(50_000, seeds=1)
+    y[:, ::100] = 1000  # spikes that a median does not see
+    figure = learning_curves(tmp_path / "long.png", {"a": (x, y)}, ylabel="error", title="long", log_y=False)
+    raw, smooth = figure.axes[0].lines
+    assert raw.get_alpha() < 0.5
+    assert raw.get_ydata().max() == 1000 and smooth.get_ydata().max() < 2
+    assert len(smooth.get_xdata()) <= 2000
+    assert smooth.get_xdata()[-1] == x[-1]
+    assert figure.axes[0].get_yscale() == "linear"
+
+
+def test_window_of_one_does_not_smooth(tmp_path: Path) -> None:
+    x, y = curve(500)
+    figure = learning_curves(tmp_path / "raw.png", {"a": (x, y)}, ylabel="error", title="raw", window=1)
+    (line,) = figure.axes[0].lines
+    np.testing.assert_allclose(line.get_ydata(), y.mean(0))
+
+
+def test_running_median() -> None:
+    y = np.array([1.0, 9.0, 2.0, np.nan, 4.0])
+    np.testing.assert_array_equal(running_median(y, 3, np.arange(5)), [5, 2, 5.5, 3, 4])
+    assert [default_window(points) for points in (1, 100, 1000)] == [1, 1, 21]
+
+
+def test_shapes_that_do_not_fit_are_named(tmp_path: Path) -> None:
+    x, y = curve(10)
+    with pytest.raises(ValueError, match=r"'a' has x \(10,\) and y \(10,\): give x \[R\] and y \[seeds, R\]"):
+        learning_curves(tmp_path / "a.png", {"a": (x, y[0])}, ylabel="error", title="wrong")
+    with pytest.raises(ValueError, match="'start' has shape"):
+        loss_surfaces(tmp_path / "a.png", [("start", x)], title="wrong")
+    with pytest.raises(ValueError, match="no surface"):
+        loss_surfaces(tmp_path / "a.png", [], title="none")
+
+
+def test_norms_are_logarithmic(tmp_path: Path) -> None:
+    figure = norms(tmp_path / "norms.png", {"hypergradient": curve(10)}, title="norms", ylabel="norm of dE/dw")
+    assert figure.axes[0].get_yscale() == "log"
+    assert figure.axes[0].get_ylabel() == "norm of dE/dw"
+
+
+def test_loss_surfaces_have_the_right_class_on_the_first_axis(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[np.ndarray, ...]] = []
+    plain = Axes3D.plot_surface
+    monkeypatch.setattr(Axes3D, "plot_surface", lambda *args, **kw: (drawn.append(args[1:]), plain(*args, **kw)))
+    right, wrong = np.meshgrid(np.linspace(0, 1, 11), np.linspace(0, 1, 11), indexing="ij")
+    surfaces = [("start", 0.7 * wrong - 0.3 * right), ("50 %", -2e4 * right), ("end", np.full((5, 5), np.nan))]
+    path = tmp_path / "surfaces.png"
+    figure = loss_surfaces(path, surfaces, title="DLN")
+    assert imread(path).shape[:2] == (555, 1530)
+    first, second, last = figure.axes
+    assert (first.get_xlabel(), first.get_ylabel()) == ("right class", "wrong class")
+    assert first.get_title() == "start\n-0.3 to 0.7"
+    assert last.get_title() == "end\nnot finite"
+    assert first.get_zlim()[1] < 1 < 1e4 < -second.get_zlim()[0]  # each has a range of its own
+    x, y, z = (values.ravel() for values in drawn[0])
+    assert (x[z.argmin()], y[z.argmin()]) == (1, 0)  # it is lowest where only the right class is predicted
+    assert (x[z.argmax()], y[z.argmax()]) == (0, 1)
