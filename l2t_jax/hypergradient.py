@@ -110,7 +110,8 @@ def mixed_gradient(inner: InnerLoss) -> Gradient:
 
     Raises (when differentiated):
       ValueError: the derivative is asked with respect to the batch, which is kept constant here.
-      TypeError: the loss contains a `jax.custom_vjp`, which cannot be differentiated forward; use memory="save".
+    Limit: partial derivatives commute only if the gradient is one. Where a `jax.custom_vjp` inside the loss returns
+    something else (a straight-through estimator, a clipped gradient), use memory="save" or "remat".
     """
     plain = plain_gradient(inner)
     gradient = jax.custom_vjp(plain)
@@ -132,30 +133,19 @@ def mixed_gradient(inner: InnerLoss) -> Gradient:
         u_outputs, _ = _split_floats((u_loss, u_stats))
 
         def outputs(floats: list[Array]) -> list[Array]:
-            return _split_floats(inner(*join(floats), batch))[0]  # loss, then the float leaves of new batch_stats
+            params, batch_stats, phi = join(floats)
+            return _split_floats(inner(params, batch_stats, phi, batch))[0]  # loss, then new batch_stats
 
         def pull(params: PyTree, weights: list[Array]) -> list[Array]:
             floats, _ = _split_floats((params, batch_stats, phi))
             return jax.vjp(outputs, floats)[1](weights)[0]
 
         weights = [jnp.ones_like(u_outputs[0]), *map(jnp.zeros_like, u_outputs[1:])]
-        _, tangents = _forward_derivative(pull, (params, weights), (u_gradient, u_outputs))
+        _, tangents = jax.jvp(pull, (params, weights), (u_gradient, u_outputs))
         return (*join(tangents, fill=_no_tangent), jax.tree.map(_zero_cotangent, batch))
 
     gradient.defvjp(forward, backward, symbolic_zeros=True)
     return gradient
-
-
-def _forward_derivative(f: Callable[..., Any], primals: Any, tangents: Any) -> Any:
-    try:
-        return jax.jvp(f, primals, tangents)
-    except TypeError as error:
-        if "custom_vjp" not in str(error):
-            raise
-        raise TypeError(
-            'memory="mixed" differentiates the loss forward, which a jax.custom_vjp inside it forbids; '
-            'use jax.custom_jvp there, or memory="save" or "remat".'
-        ) from error
 
 
 def _split_floats(tree: PyTree) -> tuple[list[Array], Callable[..., Any]]:

@@ -1,5 +1,7 @@
 """The hypergradient against a hand-written recursion (Eqs. 4-6), plain autodiff and finite differences, in float64."""
 
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -83,13 +85,21 @@ def hand_recursion(inner, outer, phi, state, batches, validation):
     return gradient
 
 
+@functools.cache
+def references(length):
+    """The two other routes; they know no memory mode, so each is computed once."""
+    with jax.enable_x64(True):
+        inner, outer, *arguments = problem(length)
+        by_hand = jax.jit(lambda *a: hand_recursion(inner, outer, *a))(*arguments)
+        return by_hand, jax.jit(lambda *a: plain_autodiff(inner, outer, SGD, *a))(*arguments)
+
+
 @pytest.mark.parametrize("length", LENGTHS)
 @pytest.mark.parametrize("memory", MEMORY_MODES)
 def test_matches_recursion_and_plain_autodiff(memory, length, x64):
     inner, outer, *arguments = problem(length)
     ours = jax.jit(hypergradient(inner, outer, SGD, memory=memory))(*arguments).gradient
-    by_hand = jax.jit(lambda *a: hand_recursion(inner, outer, *a))(*arguments)
-    plain = jax.jit(lambda *a: plain_autodiff(inner, outer, SGD, *a))(*arguments)
+    by_hand, plain = references(length)
     assert all(leaf.dtype == jnp.float64 for leaf in jax.tree.leaves(ours))
     assert optax.tree.norm(ours) > 1e-4  # zeros would agree too
     chex.assert_trees_all_close(ours, by_hand, rtol=1e-10, atol=1e-12)
@@ -170,39 +180,47 @@ def test_adam_at_a_zero_gradient_is_finite():
     """A dead parameter has a zero gradient; eps_root keeps its derivative finite, and without it there is a NaN."""
 
     def inner(params, stats, phi, batch):
-        return phi * jnp.sum(params["live"] ** 2) + 0 * jnp.sum(params["dead"]), stats
+        return phi * (jnp.sum(params["live"] ** 2) + jnp.sum(params["dead"] ** 2)), stats
 
     def outer(params, stats, batch):
         return jnp.sum(params["live"] ** 2) + jnp.sum(params["dead"]), {}
 
     def gradient(eps_root):
         optimizer = optax.adam(0.1, eps_root=eps_root)
-        state = init_state({"params": {"live": jnp.ones(2), "dead": jnp.ones(2)}}, optimizer)
+        state = init_state({"params": {"live": jnp.ones(2), "dead": jnp.zeros(2)}}, optimizer)
         return hypergradient(inner, outer, optimizer)(jnp.array(1.0), state, jnp.zeros(3), None).gradient
 
     assert jnp.isfinite(gradient(1e-8))
     assert not jnp.isfinite(gradient(0.0))
 
 
-def test_mixed_refuses_what_it_cannot_do():
-    inner, _, phi, state, batches, _ = problem(2)
-    step = MEMORY_MODES["mixed"](inner, SGD, None)
-    floats = batches._replace(inputs=batches.inputs.astype(jnp.float32))
-    with pytest.raises(ValueError, match="holds the batch constant"):
-        jax.grad(lambda x: unroll(step, state, phi, floats._replace(inputs=x))[1].sum())(floats.inputs)
+def test_a_custom_derivative_inside_the_loss(x64):
+    """A jax.custom_vjp that tells the truth is differentiated in every mode."""
 
     @jax.custom_vjp
-    def square(x):
-        return x**2
+    def cube(x):
+        return x**3
 
-    square.defvjp(lambda x: (x**2, x), lambda x, u: (2 * x * u,))
-    state = init_state({"params": jnp.ones(2)}, SGD)
-    loss = lambda params, stats, phi, batch: (jnp.sum(phi * square(params)), stats)  # noqa: E731
-    outer = lambda params, stats, batch: (jnp.sum(params), {})  # noqa: E731
-    with pytest.raises(TypeError, match='use jax.custom_jvp there, or memory="save"'):
-        hypergradient(loss, outer, SGD)(jnp.array(1.0), state, jnp.zeros(2), None)
+    cube.defvjp(lambda x: (x**3, x), lambda x, u: (3 * x**2 * u,))
+    state = init_state({"params": jnp.arange(1.0, 3.0)}, SGD)
+
+    def gradient(memory, cube):
+        loss = lambda params, stats, phi, batch: (jnp.sum(phi * cube(params)), stats)  # noqa: E731
+        outer = lambda params, stats, batch: (jnp.sum(params**2), {})  # noqa: E731
+        return hypergradient(loss, outer, SGD, memory=memory)(jnp.array(0.1), state, jnp.zeros(3), None).gradient
+
+    for memory in MEMORY_MODES:
+        np.testing.assert_allclose(gradient(memory, cube), gradient("save", lambda x: x**3), rtol=1e-12)
+
+
+def test_mixed_refuses_what_it_cannot_do(x64):
+    inner, outer, phi, state, batches, _ = problem(2)
+    step = MEMORY_MODES["mixed"](inner, SGD, None)
+    with pytest.raises(ValueError, match="holds the batch constant"):
+        jax.grad(lambda x: unroll(step, state, phi, batches._replace(inputs=x))[1].sum())(batches.inputs)
+
     with pytest.raises(ValueError, match=r"'mixd' is unknown; choose one of save, remat, mixed"):
-        hypergradient(loss, outer, SGD, memory="mixd")
+        hypergradient(inner, outer, SGD, memory="mixd")
 
 
 def test_mixed_stores_one_set_of_parameters_a_step():

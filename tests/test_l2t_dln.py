@@ -1,0 +1,229 @@
+"""L2T-DLN's round: which steps see which DLN, what stays constant in Eq. 8, what each protocol keeps."""
+
+from types import SimpleNamespace
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+from l2t_jax.hypergradient import hypergradient
+from l2t_jax.methods import METHODS
+from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
+from l2t_jax.teachers import TEACHERS
+from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
+from l2t_jax.types import Batch, Loss, RoundBatches, Student, Task, Teacher
+from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll
+
+GAMMA, N = 0.05, 3
+SGD = optax.sgd(0.1, momentum=0.9)
+# Keeps tau as it is and the teacher gradient as its state, so that a test can read it.
+READ_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
+
+def small_loss():
+    """Cross entropy scaled and bent by two parameters: a loss whose every derivative is alive."""
+
+    def apply(params, outputs, targets):
+        plain = toy.task.error(outputs, targets)
+        return jax.nn.softplus(params["scale"]) * plain + params["bend"] * jnp.tanh(plain) ** 2
+
+    return Loss(lambda key: {"scale": jnp.array(0.5), "bend": jnp.array(0.1)}, apply)
+
+
+def batches_of(round, stages):
+    return RoundBatches(
+        train=toy.batch(10 * round, stages, N, 6),
+        validation=toy.batch(10 * round + 1, stages, 7),
+        first_of_epoch=jnp.array(False),
+    )
+
+
+def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
+    teacher = coordinate_lstm(GAMMA) if teacher is None else teacher
+    method = l2t_dln(
+        toy.student, toy.task, small_loss(), teacher, SGD, teacher_optimizer, second_stage=second_stage, **knobs
+    )
+    return method, method.init(jax.random.key(0), jnp.zeros((2, 5)))
+
+
+def reference(second_stage, tau, state, flow):
+    """Two rounds as one function of tau; in the second, derivatives flow through Eq. 8's constants where flow is 1."""
+    stages = STAGES[second_stage]
+    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    step, teacher = student_step(plain_gradient(inner), SGD), coordinate_lstm(GAMMA)
+    differentiate = hypergradient(inner, outer, SGD, memory="save")
+
+    def one_round(round, phi, h, theta, constant):
+        b = batches_of(round, stages)
+        data = [jax.tree.map(lambda x, s=s: x[s], (b.train, b.validation)) for s in (0, -1)]
+        first = differentiate(phi, theta, *data[0])
+        d = constant("input", first.gradient)
+        update, h = teacher.update(tau, constant("h", h), d, phi)
+        new_phi = optax.apply_updates(constant("phi", phi), update)
+        start = constant("theta", first.state if second_stage == "continue" else theta)
+        end, _ = unroll(step, start, new_phi, data[1][0])
+        return new_phi, h, end, outer(end.params, end.batch_stats, data[1][1])[0]
+
+    phi, h, theta, _ = one_round(0, state.loss, state.memory, state.student, lambda name, x: x)
+    stop = jax.lax.stop_gradient
+    gate = lambda name, x: jax.tree.map(lambda x: flow[name] * x + (1 - flow[name]) * stop(x), x)  # noqa: E731
+    return one_round(1, phi, h, theta, gate)[-1]
+
+
+@pytest.mark.parametrize("second_stage", STAGES)
+def test_teacher_gradient_has_exactly_the_constants_of_eq_8(second_stage, x64):
+    method, state = build(second_stage)
+    stages = STAGES[second_stage]
+    tau = state.teacher
+    after, _ = jax.jit(method.round)(state, batches_of(0, stages))
+    after, _ = jax.jit(method.round)(after, batches_of(1, stages))
+    ours = after.optimizer_state
+    constants = dict.fromkeys(("input", "h", "phi", "theta"), 0.0)
+    gradient = jax.jit(jax.grad(lambda tau, flow: reference(second_stage, tau, state, flow)))
+    assert optax.tree.norm(ours) > 1e-6
+    chex.assert_trees_all_close(ours, gradient(tau, constants), rtol=1e-8, atol=1e-14)
+    for dropped in constants:
+        flowing = gradient(tau, constants | {dropped: 1.0})
+        difference = optax.tree.norm(optax.tree.sub(flowing, ours)) / optax.tree.norm(ours)
+        assert difference > 1e-6, f"differentiating through {dropped} should change the teacher gradient"
+
+
+@pytest.mark.parametrize("second_stage", STAGES)
+def test_teacher_gradient_is_gamma_times_the_vjp(second_stage, x64):
+    """Eq. 8 written out: gamma (dg/dtau)^T times the hypergradient of the second stage."""
+    method, state = build(second_stage)
+    b = batches_of(0, STAGES[second_stage])
+    after, _ = jax.jit(method.round)(state, b)
+    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    differentiate = hypergradient(inner, outer, SGD, memory="remat")
+    data = [jax.tree.map(lambda x, s=s: x[s], (b.train, b.validation)) for s in (0, -1)]
+    first = differentiate(state.loss, state.student, *data[0])
+    unit = coordinate_lstm(1.0)  # g itself
+    g, pull = jax.vjp(lambda tau: unit.update(tau, state.memory, first.gradient, state.loss)[0], state.teacher)
+    phi = jax.tree.map(lambda p, g: p + GAMMA * g, state.loss, g)
+    second = differentiate(phi, first.state if second_stage == "continue" else state.student, *data[1])
+    expected = optax.tree.scale(GAMMA, pull(second.gradient)[0])
+    chex.assert_trees_all_close(after.loss, phi, rtol=1e-12)
+    chex.assert_trees_all_close(after.optimizer_state, expected, rtol=1e-9, atol=1e-15)
+    chex.assert_trees_all_close(after.student, second.state, rtol=1e-12)  # BatchNorm and momentum: stage two's only
+
+
+def test_teacher_gradient_against_finite_differences(x64):
+    method, state = build("restart")
+    b = batches_of(0, 1)
+    run = jax.jit(method.round)
+    gradient = run(state, b)[0].optimizer_state
+    direction = toy.to_x64(optax.tree.random_like(jax.random.key(3), state.teacher))
+    error = lambda h: run(state._replace(teacher=optax.tree.add_scale(state.teacher, h, direction)), b)[1]  # noqa: E731
+    difference = (error(1e-5)["validation_error"] - error(-1e-5)["validation_error"]) / 2e-5
+    np.testing.assert_allclose(optax.tree.vdot(gradient, direction), difference, rtol=1e-6)
+
+
+def tracing_problem(second_stage, rounds):
+    """A student that counts, segment by segment, under which DLN its steps were taken: trace[segment] += phi.
+
+    phi is the number of the DLN, plus one so that phi^0 leaves a trace; the teacher turns phi^m into phi^{m+1}.
+    """
+    segments = rounds * STAGES[second_stage]
+    student = Student(
+        init=lambda key, inputs: {"params": jnp.zeros(segments), "batch_stats": {}},
+        apply=lambda variables, inputs, train: (inputs @ variables["params"][:, None], {}),
+    )
+    loss = Loss(lambda key: jnp.array(1.0), lambda phi, outputs, targets: -phi * outputs[:, 0])
+    teacher = Teacher(lambda key: jnp.array(0.0), lambda phi: (), lambda tau, h, d, phi: (1.0 + 0 * tau, h))
+    task = Task(lambda outputs, targets: outputs[:, 0], lambda outputs, targets: {}, lambda *a: None)
+    method = l2t_dln(student, task, loss, teacher, optax.sgd(1.0), optax.sgd(0.0), second_stage=second_stage)
+    state, errors = method.init(jax.random.key(0), jnp.zeros((1, segments))), []
+    for k in range(rounds):
+        here = jnp.eye(segments)[k * STAGES[second_stage] + jnp.arange(STAGES[second_stage])]  # [S, segments]
+        train = Batch(jnp.tile(here[:, None, None], (1, N, 2, 1)), jnp.zeros((len(here), N, 2), int))
+        validation = Batch(jnp.tile(here[:, None], (1, 2, 1)), jnp.zeros((len(here), 2), int))
+        state, metrics = method.round(state, RoundBatches(train, validation, jnp.array(False)))
+        errors.append((metrics["validation_error_stage_one"] / N - 1, metrics["validation_error"] / N - 1))
+    return SimpleNamespace(dln=state.student.params / N - 1, errors=errors, method=method)
+
+
+def test_index_table_of_the_paper_preset():
+    """K = 3: segment 0 under phi^0, segments 2k - 1 and 2k under phi^k, the last one under phi^K."""
+    traced = tracing_problem("continue", 3)
+    np.testing.assert_array_equal(traced.dln, [0, 1, 1, 2, 2, 3])
+    np.testing.assert_array_equal(traced.errors, [(0, 1), (1, 2), (2, 3)])
+    assert (traced.method.stages, traced.method.steps_per_round) == (2, 2)
+
+
+def test_index_table_of_the_released_preset():
+    """Pass 1 of round k runs under phi^k and is thrown away, pass 2 replays its batches under phi^{k+1} and is kept."""
+    traced = tracing_problem("restart", 3)
+    np.testing.assert_array_equal(traced.dln, [1, 2, 3])
+    np.testing.assert_array_equal(traced.errors, [(0, 1), (1, 2), (2, 3)])
+    assert (traced.method.stages, traced.method.steps_per_round) == (1, 1)
+
+
+@pytest.mark.parametrize("second_stage", STAGES)
+def test_frozen_teacher_teaches_the_same_and_stays(second_stage):
+    """The transfer protocol: the student and phi move as if tau could learn, tau and its Adam do not."""
+    b = batches_of(0, STAGES[second_stage])
+    learning, state = build(second_stage, optax.adam(1e-2))
+    frozen, _ = build(second_stage, optax.adam(1e-2), learn=False)
+    moved, _ = jax.jit(learning.round)(state, b)
+    stayed, metrics = jax.jit(frozen.round)(state, b)
+    chex.assert_trees_all_equal((stayed.teacher, stayed.optimizer_state), (state.teacher, state.optimizer_state))
+    assert optax.tree.norm(optax.tree.sub(moved.teacher, state.teacher)) > 1e-3
+    chex.assert_trees_all_close((stayed.student, stayed.loss), (moved.student, moved.loss), rtol=1e-5, atol=1e-6)
+    assert metrics["hypergradient_norm_stage_two"] == 0 and metrics["teacher_gradient_norm"] == 0
+
+
+def test_memory_is_reset_at_an_epoch_only_if_asked():
+    for reset_memory, forgets in (("epoch", True), ("never", False)):
+        method, state = build("restart", reset_memory=reset_memory)
+        run, b = jax.jit(method.round), batches_of(1, 1)
+        state, _ = run(state, batches_of(0, 1))
+        forgotten = state._replace(memory=jax.tree.map(jnp.zeros_like, state.memory))
+        at_start, _ = run(state, b._replace(first_of_epoch=jnp.array(True)))
+        within, _ = run(state, b)
+        from_zero, _ = run(forgotten, b)
+        same = lambda a, b: bool(jnp.allclose(a["scale"], b["scale"], rtol=0, atol=1e-7))  # noqa: E731
+        assert same(at_start.loss, from_zero.loss) == forgets
+        assert not same(within.loss, from_zero.loss)
+
+
+def test_optax_teacher_descends_the_hypergradient():
+    """One round with plain SGD as the teacher: phi' = phi - gamma d, and nothing for Eq. 8 to learn."""
+    method, state = build("restart", teacher=TEACHERS["sgd"](GAMMA))
+    after, metrics = jax.jit(method.round)(state, batches_of(0, 1))
+    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    one = jax.tree.map(lambda x: x[0], batches_of(0, 1)[:2])
+    d = hypergradient(inner, outer, SGD)(state.loss, state.student, *one).gradient
+    chex.assert_trees_all_close(after.loss, jax.tree.map(lambda p, g: p - GAMMA * g, state.loss, d), rtol=1e-5)
+    assert after.teacher == {} and metrics["teacher_gradient_norm"] == 0
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_fixed_loss_takes_the_same_steps(stages):
+    """The baseline on a method's batches: S N steps, in the order of the stages, from the same initial student."""
+    loss = Loss(lambda key: {}, lambda params, outputs, targets: toy.task.error(outputs, targets))
+    method = METHODS["fixed_loss"](toy.student, toy.task, loss, SGD, stages=stages)
+    state = method.init(jax.random.key(0), jnp.zeros((2, 5)))
+    _, taught = build("restart")
+    chex.assert_trees_all_equal(state.student, taught.student)
+    b = batches_of(0, stages)
+    after, metrics = jax.jit(method.round)(state, b)
+    step, student = student_step(plain_gradient(inner_objective(toy.student, loss)), SGD), state.student
+    for s in range(stages):
+        for i in range(N):
+            student, _ = step(student, {}, jax.tree.map(lambda x, s=s, i=i: x[s, i], b.train))
+    chex.assert_trees_all_close(after.student, student, rtol=1e-5, atol=1e-6)
+    assert method.steps_per_round == stages and set(metrics["finite"]) == {"student", "validation error"}
+
+
+def test_unknown_choices_name_the_known_ones():
+    for knob in ("second_stage", "reset_memory"):
+        with pytest.raises(ValueError, match=f"{knob} 'no' is unknown; choose one of"):
+            build(**({"second_stage": "restart"} | {knob: "no"}))

@@ -1,0 +1,107 @@
+"""The coordinate-wise LSTM against numbers computed with the authors' class, and optax transformations as teachers."""
+
+import chex
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from l2t_jax.teachers import TEACHERS, from_optax
+from l2t_jax.teachers.coordinate_lstm import UNITS, Cell, coordinate_lstm, features_of
+
+PHI = {"a": jnp.ones((3, 2)), "b": jnp.zeros(4)}
+
+
+def anchor_cells():
+    """W_ih[r, c] = .2 sin(l + r + .5 c), W_hh[r, c] = .2 cos(l + r - .5 c), b[r] = .1 sin(l + r); rows are gates."""
+    cells = []
+    for layer, (inputs, h) in enumerate(zip((2, *UNITS[:-1]), UNITS, strict=True), start=1):
+        r = jnp.arange(4 * h)
+        kernel = 0.2 * jnp.sin(layer + r[None, :] + 0.5 * jnp.arange(inputs)[:, None])
+        recurrent = 0.2 * jnp.cos(layer + r[None, :] - 0.5 * jnp.arange(h)[:, None])
+        cells.append(Cell(kernel, recurrent, 0.1 * jnp.sin(layer + r), jnp.zeros(4 * h)))
+    return tuple(cells)
+
+
+def test_lstm_anchor(x64):
+    teacher = coordinate_lstm(1.0)
+    memory = teacher.memory(jnp.zeros(4))
+    expected = [
+        (-0.00667903, -0.00668151, -0.00668046, -0.00668049),
+        (-0.01005439, -0.01006146, -0.01005849, -0.01005859),
+        (-0.01176639, -0.01177888, -0.01177366, -0.01177389),
+    ]
+    for step, row in enumerate(expected):
+        gradient = jnp.array([1e-2, -1e-3, 1e-6, 0.0]) * (step + 1)
+        output, memory = teacher.update(anchor_cells(), memory, gradient, jnp.zeros(4))
+        np.testing.assert_allclose(output, row, atol=6e-9)
+
+
+@pytest.mark.parametrize(("preprocess", "count"), [(10.0, 84_236), (None, 83_980)])
+def test_parameter_count(preprocess, count):
+    params = coordinate_lstm(preprocess=preprocess).init(jax.random.key(0))
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    assert jnp.abs(params[0].input_kernel).max() <= 1 / 8 and jnp.abs(params[3].input_bias).max() <= 1
+
+
+def test_preprocessing_anchors():
+    features = features_of(jnp.array([1e-2, 1e-5, -1e-2, 0.0]), 10.0)
+    expected = [[-0.460517, 1], [-1, 0.220265], [-0.460517, -1], [-1, 0]]
+    np.testing.assert_allclose(features, expected, atol=1e-5)
+    assert features_of(jnp.zeros(3), None).shape == (3, 1)
+
+
+def test_update_scale_sign_and_structure():
+    """gamma bounds every coordinate, the sign is the preset's, and the update has the structure of phi."""
+    params = coordinate_lstm().init(jax.random.key(0))
+    gradient = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(1), p.shape), PHI)
+    updates = {}
+    for sign in (1, -1):
+        teacher = coordinate_lstm(1e-2, update_sign=sign)
+        updates[sign], _ = teacher.update(params, teacher.memory(PHI), gradient, PHI)
+        chex.assert_trees_all_equal_shapes(updates[sign], PHI)
+        assert all(jnp.abs(leaf).max() < 1e-2 for leaf in jax.tree.leaves(updates[sign]))
+    chex.assert_trees_all_close(updates[1], jax.tree.map(jnp.negative, updates[-1]))
+
+
+def test_coordinates_share_weights_and_not_states():
+    teacher = coordinate_lstm()
+    params, memory = teacher.init(jax.random.key(0)), teacher.memory(jnp.zeros(5))
+    gradient = 1e-3 * jnp.arange(5.0)
+    order = jnp.array([3, 1, 4, 0, 2])
+    permute = lambda tree: jax.tree.map(lambda x: x[order], tree)  # noqa: E731
+    _, memory = teacher.update(params, memory, gradient, jnp.zeros(5))
+    straight, _ = teacher.update(params, memory, gradient**2, jnp.zeros(5))
+    permuted, _ = teacher.update(params, permute(memory), gradient[order] ** 2, jnp.zeros(5))
+    chex.assert_trees_all_close(permuted, straight[order], rtol=1e-5)
+    fresh, _ = teacher.update(params, teacher.memory(jnp.zeros(5)), gradient**2, jnp.zeros(5))
+    assert jnp.abs(fresh - straight).max() > 1e-6  # the memory matters
+
+
+def test_odd_teacher_has_no_offset():
+    teacher = coordinate_lstm(odd=True)
+    params, memory = teacher.init(jax.random.key(0)), teacher.memory(jnp.zeros(4))
+    gradient = jnp.array([1e-2, -1e-3, 1e-6, 0.0])
+    up, up_memory = teacher.update(params, memory, gradient, jnp.zeros(4))
+    down, down_memory = teacher.update(params, memory, -gradient, jnp.zeros(4))
+    chex.assert_trees_all_close(up, -down, atol=1e-9)
+    assert up[3] == 0 and jnp.all(up[:3] != 0)
+    second, _ = teacher.update(params, up_memory, gradient, jnp.zeros(4))
+    mirrored, _ = teacher.update(params, down_memory, -gradient, jnp.zeros(4))
+    chex.assert_trees_all_close(second, -mirrored, atol=1e-9)
+
+
+@pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
+def test_optax_teacher_is_the_optimizer(name):
+    """It descends: the update is what the optimizer itself gives, with its state as the memory."""
+    optimizer = {"adam": optax.adam, "sgd": optax.sgd, "rmsprop": optax.rmsprop}[name](1e-2)
+    teacher, memory, state, phi = TEACHERS[name](1e-2), from_optax(optimizer).memory(PHI), optimizer.init(PHI), PHI
+    assert jax.tree.leaves(teacher.init(jax.random.key(0))) == []
+    for _ in range(3):
+        gradient = jax.tree.map(lambda p: p + 1, phi)
+        update, memory = teacher.update({}, memory, gradient, phi)
+        expected, state = optimizer.update(gradient, state, phi)
+        chex.assert_trees_all_close(update, expected)
+        assert all(jnp.all(leaf < 0) for leaf in jax.tree.leaves(update))
+        phi = optax.apply_updates(phi, update)
