@@ -29,7 +29,10 @@ def _choices(names: Iterable[str]) -> str:
 
 
 def _by_preset(field: str) -> str:
-    return ", ".join(f"{name} {getattr(preset, field)}" for name, preset in PRESETS.items())
+    values = {name: getattr(preset, field) for name, preset in PRESETS.items()}
+    if len(set(values.values())) == 1:
+        return str(values["paper"])
+    return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
 flags.DEFINE_string("dataset", "digits", f"{_choices(DATASETS)}. digits needs no download.")
@@ -201,7 +204,7 @@ def parse_arguments(argv: list[str]) -> list[str]:
         if rest[1:]:
             raise UsageError(f"{rest[1]!r} is not a flag: flags look like --dataset=digits.")
     except (flags.Error, UsageError) as error:
-        fail(str(error).replace("\n", " ") + f" See python -m {_module(argv[0])} --help.")
+        fail(f"{str(error).rstrip('. ')}. See python -m {_module(argv[0])} --help.")
     return rest
 
 

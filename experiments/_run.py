@@ -22,10 +22,19 @@ from l2t_jax.checkpoints import Checkpoints
 from l2t_jax.data import Dataset
 from l2t_jax.losses.dln import Layer, pair_value
 from l2t_jax.progress import RunProgress
-from l2t_jax.records import Metrics, RunDirectory, load_arrays, open_run, save_arrays, tensorboard_writer, write_json
+from l2t_jax.records import (
+    Metrics,
+    RunDirectory,
+    load_arrays,
+    open_run,
+    require_tensorboard,
+    save_arrays,
+    tensorboard_writer,
+    write_json,
+)
 from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.training import Outcome, Run, Schedule, compile_rounds, train
-from l2t_jax.types import Method, MethodState, Student, Task
+from l2t_jax.types import Array, Method, MethodState, Student, Task
 
 FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
 SURFACE_POINTS = 41
@@ -58,6 +67,11 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
+def example_inputs(dataset: Dataset) -> Array:
+    """Inputs [2, H, W, c] of the right shape, for a student's initialisation."""
+    return jnp.zeros((2, *dataset.train_images.shape[1:]))
+
+
 def run_entries(setting: Setting, entries: list[Entry]) -> int:
     """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
 
@@ -65,6 +79,8 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
       the exit code: 0, or 1 where any seed of any entry stopped early.
     """
     config, options = setting.config, setting.options
+    if options.tensorboard:
+        require_tensorboard()
     record = dataclasses.asdict(config) | {
         "rounds": setting.schedule.rounds,
         "dataset_sha256": setting.dataset.sha256,
@@ -94,7 +110,7 @@ def _train_entry(
     dataset = setting.dataset
     data = jax.device_put({"images": dataset.train_images, "labels": dataset.train_labels})
     execute = compile_rounds(entry.method, setting.task, dataset.augment)
-    inputs = jnp.zeros((2, *dataset.train_images.shape[1:]))
+    inputs = example_inputs(dataset)
     outcomes: dict[tuple[str, int], Outcome | str] = {}
     for seed in setting.config.seeds:
         stream = FRESH if entry.teacher_of is None else TRANSFER
@@ -223,8 +239,7 @@ def _reason(outcome: Outcome | str) -> str | None:
 
 
 def _parameters(setting: Setting) -> int:
-    inputs = jnp.zeros((2, *setting.dataset.train_images.shape[1:]))
-    variables = jax.eval_shape(setting.student.init, jax.random.key(0), inputs)
+    variables = jax.eval_shape(setting.student.init, jax.random.key(0), example_inputs(setting.dataset))
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 

@@ -15,12 +15,13 @@ import os
 import sys
 from typing import Any
 
+import jax
 import optax
 from absl import app, flags
 
 from experiments import _flags
 from experiments._flags import Config, UsageError, fail
-from experiments._run import Entry, Setting, enable_compilation_cache, run_entries
+from experiments._run import Entry, Setting, enable_compilation_cache, example_inputs, run_entries
 from l2t_jax import data
 from l2t_jax.checkpoints import CheckpointError
 from l2t_jax.losses import LOSSES
@@ -41,7 +42,7 @@ def main(argv: list[str]) -> None:
     try:
         config, options = _flags.resolve("classification")
         dataset = data.load(config.dataset, options.data_dir, options.download)
-        task, student = image_classification(dataset), build_student(config, dataset.num_classes)
+        task, student = image_classification(dataset), build_student(config, dataset)
         schedule = build_schedule(config, len(dataset.train_labels))
         entries = build_entries(config, student, task)
         enable_compilation_cache()
@@ -55,14 +56,19 @@ def main(argv: list[str]) -> None:
     sys.exit(code)
 
 
-def build_student(config: Config, num_classes: int) -> Student:
-    """The student that the flags describe."""
+def build_student(config: Config, dataset: data.Dataset) -> Student:
+    """The student that the flags describe, once it is sure to fit the data set's images."""
     knobs: dict[str, Any] = {} if config.width is None else {"width": config.width}
     if config.student.startswith("resnet"):
         knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid}
     elif (config.shortcut, config.head_grid) != ("a", 1):
         raise UsageError(f"--shortcut and --head_grid are of the ResNets; --student={config.student} has neither.")
-    return STUDENTS[config.student](num_classes=num_classes, **knobs)
+    try:
+        student = STUDENTS[config.student](num_classes=dataset.num_classes, **knobs)
+        jax.eval_shape(student.init, jax.random.key(0), example_inputs(dataset))
+    except ValueError as error:
+        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
+    return student
 
 
 def build_schedule(config: Config, examples: int) -> Schedule:

@@ -1,0 +1,274 @@
+"""`python -m experiments.classification` as a user meets it: files, resuming, failures, bad input."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from absl import flags
+from absl.testing import flagsaver
+
+from experiments import _flags, classification
+from experiments.presets import PRESETS
+from l2t_jax import data
+from l2t_jax.records import load_arrays
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--checkpoint_seconds=0")
+
+
+def launch(*arguments):
+    """Run the command in this process; returns its exit code."""
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        _flags.parse_arguments(["classification.py", *map(str, arguments)])
+        classification.main([])
+    return stop.value.code
+
+
+def numbers(workdir):
+    """What must be bit-identical between runs: everything but times."""
+    summary = json.loads((workdir / "summary.json").read_text())
+    del summary["written"]
+    for method in summary["methods"].values():
+        del method["wall_time_s"]
+    return summary
+
+
+def last_checkpoints(workdir):
+    """The newest checkpoint of each run: its step and the digest its record states."""
+    found = {}
+    for run in sorted((workdir / "checkpoints").glob("*/*")):
+        step = max(int(p.name) for p in run.iterdir() if p.name.isdigit())
+        record = json.loads(next((run / str(step) / "record").glob("*")).read_text())
+        found[str(run.relative_to(workdir))] = (step, record["sha256"])
+    return found
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("finished") / "run"
+    assert launch(*SMALL, f"--workdir={workdir}", "--tensorboard") == 0
+    return workdir
+
+
+def test_files_of_a_run(finished):
+    summary = json.loads((finished / "summary.json").read_text())
+    assert list(summary["methods"]) == ["l2t_dln", "l2t_dln_transfer", "cross_entropy"]
+    for method in summary["methods"].values():
+        accuracy = method["test_accuracy"]
+        assert len(accuracy["per_seed"]) == 2 and all(0 <= a <= 1 for a in accuracy["per_seed"])
+        np.testing.assert_allclose(accuracy["mean"], np.mean(accuracy["per_seed"]))
+        np.testing.assert_allclose(accuracy["std"], np.std(accuracy["per_seed"], ddof=1))
+        assert (method["student_steps"], method["rounds"], method["failed"]) == (6, 3, [])
+        assert method["wall_time_s"] > 0
+    assert summary["student_parameters"] == 64 * 8 + 8 + 8 * 10 + 10
+    assert (summary["dataset"], summary["preset"], summary["unroll_length"]) == ("digits", "residual", 2)
+
+    config = json.loads((finished / "config.json").read_text())
+    assert config["config"]["settings"]["dln_lr"] == PRESETS["residual"].dln_lr
+    assert config["config"]["dataset_sha256"] == data.load("digits").sha256
+    assert {"versions", "git", "hardware"} <= set(config["environment"])
+
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(r["method"], r["seed"], r["round"]) for r in rows] == [
+        (m, s, r) for m in summary["methods"] for s in (0, 1) for r in range(3)
+    ]
+    taught = [r for r in rows if r["method"] == "l2t_dln"]
+    assert all(r["hypergradient_norm"] > 0 and r["dln_update_norm"] > 0 for r in taught)
+    names = {p.name for p in (finished / "plots").iterdir()}
+    assert {"validation_error.png", "validation_accuracy.png", "norms.png", "surfaces_l2t_dln_seed_0.png"} <= names
+    assert list((finished / "tensorboard").rglob("events*"))
+
+
+def test_methods_share_students_and_batches(finished):
+    """At round 0 the residual DLN is cross entropy itself, so both see the same errors on the same data."""
+    rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    start = {(r["method"], r["seed"]): r for r in rows if r["round"] == 0}
+    for seed in (0, 1):
+        ours, plain = start[("l2t_dln", seed)], start[("cross_entropy", seed)]
+        np.testing.assert_allclose(ours["validation_error_stage_one"], plain["validation_error"], rtol=1e-5)
+        assert start[("l2t_dln_transfer", seed)]["validation_error"] != pytest.approx(
+            plain["validation_error"], rel=1e-3
+        )
+
+
+def test_snapshots_are_the_dln(finished):
+    arrays = load_arrays(finished / "snapshots" / "l2t_dln" / "seed_0" / "round_000003.npz")
+    assert arrays["0/kernel"].shape == (4, 40) and arrays["4/kernel"].shape == (40, 1)
+    start = load_arrays(finished / "snapshots" / "l2t_dln" / "seed_0" / "round_000000.npz")
+    assert np.all(start["4/kernel"] == 0) and np.any(arrays["4/kernel"] != 0)
+
+
+def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
+    before = (numbers(finished), (finished / "metrics.jsonl").read_bytes())
+    assert launch(*SMALL, f"--workdir={finished}") == 2
+    assert "pass --resume to go on with it" in capsys.readouterr().err
+    assert launch(*SMALL, f"--workdir={finished}", "--dln_lr=0.5", "--resume") == 2
+    assert "settings.dln_lr: there 0.001, asked 0.5" in capsys.readouterr().err
+    assert launch(*SMALL, f"--workdir={finished}", "--resume") == 0
+    assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
+
+
+def test_killed_and_resumed_is_bit_identical(tmp_path):
+    """SIGKILL in the midst of training, twice; then the same numbers, metrics and parameters as without."""
+    arguments = ["--rounds=60", "--unroll_length=2", "--width=8", "--seeds=1", "--checkpoint_seconds=0"]
+    assert launch(*arguments, f"--workdir={tmp_path / 'whole'}") == 0
+    killed = tmp_path / "killed"
+    command = [sys.executable, "-m", "experiments.classification", *arguments, f"--workdir={killed}"]
+    for lines, extra in ((2, []), (70, ["--resume"])):
+        with subprocess.Popen([*command, *extra], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
+            deadline = time.monotonic() + 120
+            metrics = killed / "metrics.jsonl"
+            while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
+                assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+    assert not (killed / "summary.json").exists()
+    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert numbers(killed) == numbers(tmp_path / "whole")
+    assert last_checkpoints(killed) == last_checkpoints(tmp_path / "whole")
+    assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("teacher", ["lstm", "adam"])
+def test_presets_and_teachers_run(preset, teacher, tmp_path):
+    arguments = ("--rounds=1", "--unroll_length=2", "--width=4", "--seeds=1", "--method=l2t_dln")
+    assert launch(*arguments, f"--preset={preset}", f"--teacher={teacher}", f"--workdir={tmp_path}/r") == 0
+    steps = numbers(tmp_path / "r")["methods"]["l2t_dln"]["student_steps"]
+    assert steps == (4 if preset == "paper" else 2)
+
+
+def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
+    """Seed 1 gets a data order with an example whose pixels overflow; seeds 0 and 2 finish, and the exit code is 1."""
+    from l2t_jax import training
+
+    real = training._dispatch
+
+    def poisoned(seed, done, count, schedule):
+        dispatch = real(seed, done, count, schedule)
+        if seed == 1 and done >= 1:
+            # An index past the end is filled with NaN by the gather below.
+            return dispatch._replace(validation=np.full_like(dispatch.validation, 2**30))
+        return dispatch
+
+    monkeypatch.setattr(training, "_dispatch", poisoned)
+    build = classification.image_classification
+
+    def task_with_holes(dataset):
+        task = build(dataset)
+
+        def gather(data, indices, key):
+            import jax.numpy as jnp
+
+            batch = task.gather(data, jnp.where(indices == 2**30, 0, indices), key)
+            hole = (indices == 2**30)[..., None, None, None]
+            return batch._replace(inputs=jnp.where(hole, jnp.nan, batch.inputs))
+
+        return task._replace(gather=gather)
+
+    monkeypatch.setattr(classification, "image_classification", task_with_holes)
+    workdir = tmp_path / "run"
+    arguments = [a for a in SMALL if "seeds" not in a]
+    assert launch(*arguments, "--seeds=3", f"--workdir={workdir}") == 1
+    methods = numbers(workdir)["methods"]
+    for name in ("l2t_dln", "cross_entropy"):
+        accuracy = methods[name]["test_accuracy"]["per_seed"]
+        assert accuracy[1] is None and accuracy[0] is not None and accuracy[2] is not None
+    assert methods["l2t_dln"]["failed"] == [
+        {"seed": 1, "reason": "round 1: validation error of stage one is not finite (leaf e_val)"}
+    ]
+    assert "no trained teacher" in methods["l2t_dln_transfer"]["failed"][0]["reason"]
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    failed = [r for r in rows if r["method"] == "l2t_dln" and r["seed"] == 1]
+    assert [r["round"] for r in failed] == [0, 1] and failed[1]["validation_error"] is None
+    assert (workdir / "checkpoints" / "l2t_dln" / "seed_1" / "1").exists()
+    assert "l2t_dln, seed 1 stopped at round 1" in capsys.readouterr().err
+
+
+BAD = {
+    "--dataset=mnsit": "Did you mean mnist?",
+    "--datset=mnist": "Did you mean: dataset",
+    "--student=resnet9": "Did you mean resnet8?",
+    "--method=l2t_dln,cros_entropy": "Did you mean cross_entropy?",
+    "--method=": "at least one",
+    "--method=l2t_dln,l2t_dln": "each method once",
+    "--preset=papr": "Did you mean paper?",
+    "--teacher=lst": "Did you mean lstm?",
+    "--memory=mixd": "Did you mean mixed?",
+    "--unroll_length=0": "not a positive integer",
+    "--rounds=0": "not a positive integer",
+    "--rounds=ten": "invalid literal",
+    "--rounds=3 --epochs=2": "give one of them",
+    "--validation_ratio=0": "between 0 and 1",
+    "--validation_ratio=1": "between 0 and 1",
+    "--batch_size=800": "fewer than batch_size=800",
+    "--validation_batch_size=719": "fewer than the 1 x 719",
+    "--student_lr=0": "must be a positive",
+    "--dln_lr=nan": "must be a positive",
+    "--seeds=0": "neither a count",
+    "--seeds=1,1": "neither a count",
+    "--seeds=x": "neither a count",
+    "--resume": "add --workdir",
+    "--shortcut=b": "are of the ResNets",
+    "--student=resnet8 --head_grid=3": "does not divide",
+    "--dataset=mnist --data_dir=/nonexistent": "run once with --download",
+    "--workdir=/dev/null/x": "cannot be used as a run directory",
+    "dataset=mnist": "is not a flag",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys):
+    assert launch(*arguments.split()) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and said.count("\n") == 1 and BAD[arguments] in said
+
+
+def test_labels_out_of_range_are_refused(monkeypatch, capsys, tmp_path):
+    import dataclasses
+
+    digits = data.load("digits")
+    labels = digits.train_labels.copy()
+    labels[5] = 10
+    broken = dataclasses.replace(digits, train_labels=labels)
+    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir, download: broken)
+    assert launch(*SMALL, f"--workdir={tmp_path}/r") == 2
+    said = capsys.readouterr().err
+    assert "10" in said and "label" in said and said.count("\n") == 1
+
+
+def test_help_teaches_every_flag():
+    said = subprocess.run(
+        [sys.executable, "-m", "experiments.classification", "--help"], cwd=ROOT, capture_output=True, text=True
+    ).stdout
+    for flag in flags.FLAGS.get_key_flags_for_module(_flags):
+        assert f"--{flag.name}" in said or f"--[no]{flag.name}" in said
+    assert "residual 20, paper 10" in said and "python -m experiments.classification" in said
+
+
+def test_the_sheet_in_the_docstring_is_the_code():
+    """The table beside the presets must not drift from them."""
+    import experiments.presets as presets
+
+    rows = {}
+    for line in presets.__doc__.splitlines():
+        if line.startswith("|") and not line.startswith("|--"):
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            rows[cells[0]] = dict(zip(("paper", "released", "residual"), cells[1:4], strict=True))
+    for name, preset in PRESETS.items():
+        assert rows["unroll length N"][name] == str(preset.unroll_length)
+        assert rows["epochs"][name] == str(preset.epochs)
+        assert rows["batch, validation batch"][name] == f"{preset.batch_size}, {preset.validation_batch_size}"
+        assert float(rows["teacher"][name].split()[1]) == preset.teacher_lr
+        assert float(rows["student"][name].split()[1]) == preset.student_lr
+        sign = "added" if preset.update_sign == 1 else "subtracted"
+        assert rows["gamma, step size of the DLN"][name] == f"1e-3, {sign}" and preset.dln_lr == 1e-3
+        assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]
+        assert rows["predictions"][name] == preset.squash
