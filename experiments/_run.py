@@ -4,6 +4,7 @@ Legend: G grid points of a surface's axis.
 """
 
 import dataclasses
+import json
 import os
 import time
 from collections.abc import Callable
@@ -75,6 +76,8 @@ def example_inputs(dataset: Dataset) -> Array:
 def run_entries(setting: Setting, entries: list[Entry]) -> int:
     """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
 
+    summary.json is a record that stands for itself: results, and what config.json holds.
+
     Returns:
       the exit code: 0, or 1 where any seed of any entry stopped early.
     """
@@ -92,7 +95,7 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
             outcomes |= _train_entry(setting, entry, directory, progress, outcomes)
-    summary = _summary(setting, entries, outcomes)
+    summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
     write_json(directory.path / "summary.json", summary)
     _plot(setting, directory)
     _print(summary, options.workdir)

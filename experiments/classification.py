@@ -11,13 +11,12 @@ Writes config.json, metrics.jsonl (a line a round), summary.json, plots/ and che
 """
 
 import dataclasses
-import os
 import sys
 from typing import Any
 
 import jax
 import optax
-from absl import app, flags
+from absl import app, flags, logging
 
 from experiments import _flags
 from experiments._flags import Config, UsageError, fail
@@ -130,7 +129,7 @@ def build_entries(config: Config, student: Student, task: Task) -> list[Entry]:
 
 def cli() -> None:
     """Entry point: quiet libraries, then absl."""
-    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets and orbax tell much; --verbosity=0 brings it back
     app.run(main, flags_parser=_flags.parse_arguments)
 
 
