@@ -134,7 +134,7 @@ def open_run(path: str | Path, config: dict[str, Any], resume: bool) -> RunDirec
     _lock(run.path)
     try:
         record = _admit(run, json.loads(json.dumps(_plain(config))), resume)
-        here = {"environment": environment(), "command": shlex.join(sys.argv)}
+        here = {"environment": environment(), "command": shlex.join(["python", *sys.orig_argv[1:]])}
         if record is None:
             write_json(run.config_path, {"config": config, **here})
         else:
