@@ -307,7 +307,8 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
 
 
 def _print(summary: dict[str, Any], workdir: str) -> None:
-    table = Table(title=f"{summary['dataset']}, {summary['student']}, {len(summary['seeds'])} seeds")
+    seeds = ", ".join(map(str, summary["seeds"]))
+    table = Table(title=f"{summary['dataset']}, {summary['student']}, preset {summary['preset']}, seeds {seeds}")
     for column in ("method", "test accuracy, %", "student steps", "wall time, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in summary["methods"].items():
@@ -318,8 +319,14 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
     console.print(table)
     for name, method in summary["methods"].items():
         for failed in method["failed"]:
-            console.print(f"{name}, seed {failed['seed']} did not finish: {failed['reason']}", highlight=False)
-    console.print(f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, checkpoints/)", highlight=False)
+            console.print(
+                f"{name}, seed {failed['seed']} did not finish: {failed['reason']}", highlight=False, soft_wrap=True
+            )
+    console.print(
+        f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, checkpoints/)",
+        highlight=False,
+        soft_wrap=True,
+    )
 
 
 def percent(accuracy: dict[str, Any]) -> str:

@@ -19,9 +19,10 @@ class RunProgress:
         self._done = dict.fromkeys(runs, 0)
         self._rounds = rounds
         self._seconds_per_round: dict[str, float] = {}
+        self._compiled: set[str] = set()
         self._marks: dict[tuple[str, int], tuple[float, int]] = {}
         self._printed = time.monotonic()
-        columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[note]}"))
+        columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[note]}"))
         self._bar = Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() else None
         self._task = self._bar.add_task("", total=rounds * len(runs), note="compiling") if self._bar else None
 
@@ -39,16 +40,18 @@ class RunProgress:
             self._bar.stop()
 
     def update(self, method: str, seed: int, done: int, error: float | None) -> None:
-        """Note that a run has done so many rounds and what its last validation error was."""
+        """Note that a run has done so many rounds and its last validation error, None before there is one."""
         run, now = (method, seed), time.monotonic()
         if run in self._marks and done > self._marks[run][1]:
             then, before = self._marks[run]
-            self._seconds_per_round[method] = (now - then) / (done - before)
+            if method in self._compiled:
+                self._seconds_per_round[method] = (now - then) / (done - before)
+            self._compiled.add(method)  # a method's first rounds took as long as they did because it was compiled
         self._marks[run] = (now, done)
         self._done[run] = done
-        shown = "compiling" if error is None else f"validation error {error:.3f}"
-        note = f"round {done}/{self._rounds}  {shown}  {self._left()}"
-        label = f"{method}, seed {seed} (run {list(self._done).index(run) + 1} of {len(self._done)})"
+        shown = "compiling" if error is None else f"error {error:.3f}"  # short, so that 80 columns hold it all
+        note = f"round {done}/{self._rounds} {shown} {self._left()}"
+        label = f"{method} seed {seed} ({list(self._done).index(run) + 1} of {len(self._done)})"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=sum(self._done.values()), description=label, note=note)
         elif done == self._rounds or now - self._printed >= SECONDS_BETWEEN_LINES:
