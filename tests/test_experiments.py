@@ -118,11 +118,11 @@ def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
 
 def test_killed_and_resumed_is_bit_identical(tmp_path):
     """SIGKILL in the midst of training, twice; then the same numbers, metrics and parameters as without."""
-    arguments = ["--rounds=40", "--unroll_length=2", "--width=8", "--seeds=1,", "--checkpoint_seconds=0"]
+    arguments = ["--rounds=20", "--unroll_length=2", "--width=8", "--seeds=1,", "--checkpoint_seconds=0"]
     assert launch(*arguments, f"--workdir={tmp_path / 'whole'}") == 0
     killed = tmp_path / "killed"
     command = [sys.executable, "-m", "experiments.classification", *arguments, f"--workdir={killed}"]
-    for lines, extra in ((2, []), (45, ["--resume"])):
+    for lines, extra in ((2, []), (24, ["--resume"])):
         with subprocess.Popen([*command, *extra], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
             deadline = time.monotonic() + 120
             metrics = killed / "metrics.jsonl"

@@ -8,6 +8,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # lowest first; rooms of one layer do not import each other, except within a package
     {"types"},
+    {"convolution"},
     {"losses", "students"},
     {"teachers"},
     {"data"},

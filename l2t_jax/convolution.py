@@ -1,0 +1,230 @@
+"""A 2-D convolution that is closed under differentiation: three bilinear primitives, each another's transpose.
+
+XLA:CPU is fast only on convolutions in the canonical layout (NHWC inputs, HWIO kernels). Outside a loop it rewrites the
+gradients of a convolution to that layout; in the body of a loop, which is where an unroll lives, it leaves them in
+whatever layout the transpose rules made, tens of times slower. Here the input gradient and the kernel gradient are
+primitives of their own, so the derivative of any order is made of these three, and each emits the canonical layout
+itself. On other platforms they lower to what `lax.conv_general_dilated` and its transposes would be.
+
+    y = conv(x, w)      dx = conv_input(g, w)      dw = conv_kernel(x, g)
+
+Legend: B batch, H x W input, h x w output, I input and O output channels, G groups, V a vmapped axis.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
+
+from l2t_jax.types import Array
+
+NHWC = ("NHWC", "HWIO", "NHWC")
+Pair = tuple[int, int]
+
+
+@dataclasses.dataclass(frozen=True)
+class Spec:
+    """What the three convolutions of one layer share. All are (rows, columns)."""
+
+    input: Pair  # H, W
+    kernel: Pair  # K, K before dilation
+    strides: Pair
+    padding: tuple[Pair, Pair]  # zeros before and after, rows and columns; may be negative
+    dilation: Pair  # of the kernel
+    groups: int
+
+    @property
+    def output(self) -> Pair:
+        """h, w."""
+        h, w = ((p - r) // s + 1 for p, r, s in zip(self.padded, self.reach, self.strides, strict=True))
+        return h, w
+
+    @property
+    def padded(self) -> Pair:
+        """H and W with their padding."""
+        return self.input[0] + sum(self.padding[0]), self.input[1] + sum(self.padding[1])
+
+    @property
+    def reach(self) -> Pair:
+        """The kernel's extent with its dilation."""
+        return (self.kernel[0] - 1) * self.dilation[0] + 1, (self.kernel[1] - 1) * self.dilation[1] + 1
+
+
+def conv2d(
+    x: Array,
+    w: Array,
+    *,
+    strides: int | Pair = 1,
+    padding: str | int | tuple[Pair, Pair] = "SAME",
+    dilation: int | Pair = 1,
+    groups: int = 1,
+) -> Array:
+    """Convolve, which in networks is to correlate.
+
+    y[b, i, j, o] = sum_{k, l, c} x[b, s i + d k - p, s j + d l - p, c] w[k, l, c, o], stride s, dilation d, padding p.
+
+    Args:
+      x: [B, H, W, I].
+      w: [K, K, I / G, O].
+      strides, dilation: one number or (rows, columns), at least 1.
+      padding: "SAME" (as lax: odd zeros go after), "VALID", zeros on every side, or ((before, after), (before, after)).
+      groups: G; I gives a depthwise convolution.
+    Returns:
+      [B, h, w, O], the dtype of x. Equal to `lax.conv_general_dilated` in every derivative, jvp, vjp, vmap and jit.
+    Raises:
+      ValueError: shapes or options that do not fit.
+    """
+    spec = make_spec(x.shape, w.shape, strides, padding, dilation, groups)
+    if x.dtype != w.dtype:
+        raise ValueError(f"x is {x.dtype} and w is {w.dtype}: give both the same dtype.")
+    return conv_p.bind(x, w, spec=spec)
+
+
+def make_spec(
+    x: tuple[int, ...],
+    w: tuple[int, ...],
+    strides: int | Pair,
+    padding: str | int | tuple[Pair, Pair],
+    dilation: int | Pair,
+    groups: int,
+) -> Spec:
+    """Check shapes and options, and make them explicit."""
+    if len(x) != 4 or len(w) != 4:
+        raise ValueError(f"x is {list(x)} and w is {list(w)}: expected [B, H, W, I] and [K, K, I / G, O].")
+    if groups < 1 or x[3] != w[2] * groups or w[3] % groups:
+        raise ValueError(f"{x[3]} input and {w[3]} output channels and a kernel of {w[2]} do not fit {groups} groups.")
+    strides, dilation = _pair(strides, "strides"), _pair(dilation, "dilation")
+    reach = [(w[i] - 1) * dilation[i] + 1 for i in (0, 1)]
+    if isinstance(padding, str):
+        if padding not in ("SAME", "VALID"):
+            raise ValueError(f"padding {padding!r} is unknown; choose SAME, VALID, a number or pairs.")
+        rows, columns = lax.padtype_to_pads(x[1:3], reach, strides, padding)
+        padding = ((rows[0], rows[1]), (columns[0], columns[1]))
+    elif isinstance(padding, int):
+        padding = ((padding, padding), (padding, padding))
+    spec = Spec((x[1], x[2]), (w[0], w[1]), strides, padding, dilation, groups)
+    if min(spec.output) < 1:
+        raise ValueError(f"A kernel of {reach[0]}x{reach[1]} does not fit into an input of {spec.padded} with padding.")
+    return spec
+
+
+def _pair(value: int | Pair, name: str) -> Pair:
+    pair = (value, value) if isinstance(value, int) else value
+    if len(pair) != 2 or min(pair) < 1:
+        raise ValueError(f"{name}={value} must be one or two integers of at least 1.")
+    return pair
+
+
+# Canonical forms
+
+
+def _conv(x: Array, w: Array, spec: Spec) -> Array:
+    return lax.conv_general_dilated(
+        x,
+        w,
+        spec.strides,
+        spec.padding,
+        rhs_dilation=spec.dilation,
+        dimension_numbers=NHWC,
+        feature_group_count=spec.groups,
+    )
+
+
+def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
+    """The input gradient: correlate the output gradient, spread by the stride, with the flipped, transposed kernel."""
+    before = [spec.reach[i] - 1 - spec.padding[i][0] for i in (0, 1)]
+    spread = [(spec.output[i] - 1) * spec.strides[i] + 1 for i in (0, 1)]
+    after = [spec.input[i] + spec.reach[i] - 1 - before[i] - spread[i] for i in (0, 1)]
+    edges = [(before[i], after[i], spec.strides[i] - 1) for i in (0, 1)]
+    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+    k = w.reshape(*spec.kernel, w.shape[2], spec.groups, -1)  # [K, K, I / G, G, O / G]
+    k = k.transpose(0, 1, 4, 3, 2).reshape(*spec.kernel, -1, w.shape[2] * spec.groups)[::-1, ::-1]
+    return _conv(
+        g, k, Spec((g.shape[1], g.shape[2]), spec.kernel, (1, 1), ((0, 0), (0, 0)), spec.dilation, spec.groups)
+    )
+
+
+def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
+    """The kernel gradient: correlate over the batch, output positions as kernel positions and the reverse."""
+    inputs = x.shape[3] // spec.groups
+    x = x.reshape(*x.shape[:3], spec.groups, inputs).transpose(4, 1, 2, 3, 0).reshape(inputs, *x.shape[1:3], -1)
+    before = [spec.padding[i][0] for i in (0, 1)]
+    needed = [spec.reach[i] + (spec.output[i] - 1) * spec.strides[i] for i in (0, 1)]
+    after = [needed[i] - spec.input[i] - before[i] for i in (0, 1)]
+    padding = ((before[0], after[0]), (before[1], after[1]))
+    g = g.transpose(1, 2, 0, 3)  # [h, w, B, O]
+    swapped = Spec(spec.input, spec.output, spec.dilation, padding, spec.strides, spec.groups)
+    return _conv(x, g, swapped).transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
+
+
+# As lax would have it, for platforms whose compilers choose layouts well
+
+
+def _lax_conv_input(g: Array, w: Array, spec: Spec) -> Array:
+    shape = (g.shape[0], *spec.input, w.shape[2] * spec.groups)
+    return jax.linear_transpose(lambda x: _conv(x, w, spec), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
+
+
+def _lax_conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
+    shape = (*spec.kernel, x.shape[3] // spec.groups, g.shape[3])
+    return jax.linear_transpose(lambda w: _conv(x, w, spec), jax.ShapeDtypeStruct(shape, x.dtype))(g)[0]
+
+
+# The primitives
+
+
+def _primitive(name: str, canonical: Callable[..., Array], other: Callable[..., Array]) -> Primitive:
+    primitive = Primitive(name)
+    primitive.def_impl(jax.jit(primitive.bind, static_argnames="spec"))
+    primitive.def_abstract_eval(
+        lambda a, b, *, spec: jax.core.ShapedArray(jax.eval_shape(partial(canonical, spec=spec), a, b).shape, a.dtype)
+    )
+    mlir.register_lowering(primitive, mlir.lower_fun(other, multiple_results=False))
+    mlir.register_lowering(primitive, mlir.lower_fun(canonical, multiple_results=False), platform="cpu")
+    batching.primitive_batchers[primitive] = partial(_batch, primitive)
+    return primitive
+
+
+def _batch(primitive: Primitive, operands: Any, dims: Any, *, spec: Spec) -> tuple[Array, int]:
+    """vmap: the mapped axis joins the batch where only images are mapped, else it becomes groups of channels."""
+    size = next(x.shape[d] for x, d in zip(operands, dims, strict=True) if d is not None)
+    if dims[1] is None and primitive is not conv_kernel_p:
+        images = jnp.moveaxis(operands[0], dims[0], 0)
+        out = primitive.bind(images.reshape(-1, *images.shape[2:]), operands[1], spec=spec)
+        return out.reshape(size, -1, *out.shape[1:]), 0
+    merged = []
+    for x, d in zip(operands, dims, strict=True):  # an operand that is not mapped is repeated
+        x = jnp.broadcast_to(x[:, :, :, None], (*x.shape[:3], size, x.shape[3])) if d is None else jnp.moveaxis(x, d, 3)
+        merged.append(
+            x.reshape(*x.shape[:3], -1)
+        )  # V slower than the channels: whole sets of groups, one after another
+    out = primitive.bind(*merged, spec=dataclasses.replace(spec, groups=spec.groups * size))
+    return out.reshape(*out.shape[:3], size, -1), 3
+
+
+conv_p = _primitive("conv2d", _conv, _conv)
+conv_input_p = _primitive("conv2d_input", _conv_input, _lax_conv_input)
+conv_kernel_p = _primitive("conv2d_kernel", _conv_kernel, _lax_conv_kernel)
+
+# <g, conv(x, w)> = <conv_input(g, w), x> = <conv_kernel(x, g), w>: each row is one of these, read for another operand.
+ad.defbilinear(
+    conv_p,
+    lambda g, x, w, *, spec: conv_input_p.bind(g, w, spec=spec),
+    lambda g, x, w, *, spec: conv_kernel_p.bind(x, g, spec=spec),
+)
+ad.defbilinear(
+    conv_input_p,
+    lambda x, g, w, *, spec: conv_p.bind(x, w, spec=spec),
+    lambda x, g, w, *, spec: conv_kernel_p.bind(x, g, spec=spec),
+)
+ad.defbilinear(
+    conv_kernel_p,
+    lambda w, x, g, *, spec: conv_input_p.bind(g, w, spec=spec),
+    lambda w, x, g, *, spec: conv_p.bind(x, w, spec=spec),
+)
