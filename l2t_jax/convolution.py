@@ -25,6 +25,8 @@ from jax.interpreters import ad, batching, mlir
 from l2t_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
+FEW_CHANNELS = 4  # up to here patches in one matrix product are fastest on CPU
+MANY_CHANNELS = 64  # from here on the kernel gradient is fastest as a convolution there
 Pair = tuple[int, int]
 
 
@@ -125,6 +127,68 @@ def _pair(value: int | Pair, name: str) -> Pair:
 
 
 def _conv(x: Array, w: Array, spec: Spec) -> Array:
+    if spec.groups == 1 and (spec.kernel == (1, 1) or x.shape[3] <= FEW_CHANNELS):
+        return jnp.concatenate(_shifted(x, spec), axis=-1) @ w.reshape(-1, w.shape[3])
+    return _lax_conv(x, w, spec)
+
+
+def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
+    """The input gradient: correlate the output gradient, spread by the stride, with the flipped, transposed kernel."""
+    if spec.groups == 1 and spec.kernel == (1, 1):
+        g = g @ w[0, 0].T  # before it is spread
+        return _spread(g, [spec.padding[i][0] for i in (0, 1)], spec.input, spec)
+    before = [spec.padding[i][0] - spec.reach[i] + 1 for i in (0, 1)]
+    g = _spread(g, before, (spec.input[0] + spec.reach[0] - 1, spec.input[1] + spec.reach[1] - 1), spec)
+    k = w.reshape(*spec.kernel, w.shape[2], spec.groups, -1)  # [K, K, I / G, G, O / G]
+    k = k.transpose(0, 1, 4, 3, 2).reshape(*spec.kernel, -1, w.shape[2] * spec.groups)[::-1, ::-1]
+    plain = Spec((g.shape[1], g.shape[2]), spec.kernel, (1, 1), ((0, 0), (0, 0)), spec.dilation, spec.groups)
+    return _lax_conv(g, k, plain)
+
+
+def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
+    """The kernel gradient: a matrix product over all output positions for every position in the kernel.
+
+    With many channels it is the convolution of x by g instead, over the batch, where output positions are kernel
+    positions and the reverse.
+    """
+    inputs = x.shape[3] // spec.groups
+    if spec.groups == 1 and inputs < MANY_CHANNELS:
+        columns = _shifted(x, spec)
+        if inputs <= FEW_CHANNELS:
+            columns = [jnp.concatenate(columns, axis=-1)]
+        products = [lax.dot_general(c, g, (((0, 1, 2), (0, 1, 2)), ((), ()))) for c in columns]  # [I, O] each
+        return jnp.concatenate(products).reshape(*spec.kernel, inputs, -1)
+    x = x.reshape(*x.shape[:3], spec.groups, inputs).transpose(4, 1, 2, 3, 0).reshape(inputs, *x.shape[1:3], -1)
+    before = [spec.padding[i][0] for i in (0, 1)]
+    needed = [spec.reach[i] + (spec.output[i] - 1) * spec.strides[i] for i in (0, 1)]
+    after = [needed[i] - spec.input[i] - before[i] for i in (0, 1)]
+    padding = ((before[0], after[0]), (before[1], after[1]))
+    swapped = Spec(spec.input, spec.output, spec.dilation, padding, spec.strides, spec.groups)
+    y = _lax_conv(x, g.transpose(1, 2, 0, 3), swapped)  # [I / G, ..., G B] by [h, w, B, O]
+    return y.transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
+
+
+def _shifted(x: Array, spec: Spec) -> list[Array]:
+    """What each position of the kernel sees: K K arrays [B, h, w, I]."""
+    zero = jnp.zeros((), x.dtype)
+    x = lax.pad(x, zero, [(0, 0, 0), (*spec.padding[0], 0), (*spec.padding[1], 0), (0, 0, 0)])
+    (h, w), (s, t), (d, e) = spec.output, spec.strides, spec.dilation
+    rows = [slice(k * d, k * d + (h - 1) * s + 1, s) for k in range(spec.kernel[0])]
+    columns = [slice(k * e, k * e + (w - 1) * t + 1, t) for k in range(spec.kernel[1])]
+    return [x[:, r, c] for r in rows for c in columns]
+
+
+def _spread(g: Array, before: list[int], size: Pair, spec: Spec) -> Array:
+    """Put the strides' zeros between the positions of g [B, h, w, c] and cut or fill to size, from -before on."""
+    spread = [(spec.output[i] - 1) * spec.strides[i] + 1 for i in (0, 1)]
+    edges = [(-before[i], size[i] - spread[i] + before[i], spec.strides[i] - 1) for i in (0, 1)]
+    return lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
+
+
+# As lax would have it, for platforms whose compilers choose layouts well
+
+
+def _lax_conv(x: Array, w: Array, spec: Spec) -> Array:
     return lax.conv_general_dilated(
         x,
         w,
@@ -136,44 +200,14 @@ def _conv(x: Array, w: Array, spec: Spec) -> Array:
     )
 
 
-def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
-    """The input gradient: correlate the output gradient, spread by the stride, with the flipped, transposed kernel."""
-    before = [spec.reach[i] - 1 - spec.padding[i][0] for i in (0, 1)]
-    spread = [(spec.output[i] - 1) * spec.strides[i] + 1 for i in (0, 1)]
-    after = [spec.input[i] + spec.reach[i] - 1 - before[i] - spread[i] for i in (0, 1)]
-    edges = [(before[i], after[i], spec.strides[i] - 1) for i in (0, 1)]
-    g = lax.pad(g, jnp.zeros((), g.dtype), [(0, 0, 0), *edges, (0, 0, 0)])
-    k = w.reshape(*spec.kernel, w.shape[2], spec.groups, -1)  # [K, K, I / G, G, O / G]
-    k = k.transpose(0, 1, 4, 3, 2).reshape(*spec.kernel, -1, w.shape[2] * spec.groups)[::-1, ::-1]
-    return _conv(
-        g, k, Spec((g.shape[1], g.shape[2]), spec.kernel, (1, 1), ((0, 0), (0, 0)), spec.dilation, spec.groups)
-    )
-
-
-def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
-    """The kernel gradient: correlate over the batch, output positions as kernel positions and the reverse."""
-    inputs = x.shape[3] // spec.groups
-    x = x.reshape(*x.shape[:3], spec.groups, inputs).transpose(4, 1, 2, 3, 0).reshape(inputs, *x.shape[1:3], -1)
-    before = [spec.padding[i][0] for i in (0, 1)]
-    needed = [spec.reach[i] + (spec.output[i] - 1) * spec.strides[i] for i in (0, 1)]
-    after = [needed[i] - spec.input[i] - before[i] for i in (0, 1)]
-    padding = ((before[0], after[0]), (before[1], after[1]))
-    g = g.transpose(1, 2, 0, 3)  # [h, w, B, O]
-    swapped = Spec(spec.input, spec.output, spec.dilation, padding, spec.strides, spec.groups)
-    return _conv(x, g, swapped).transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
-
-
-# As lax would have it, for platforms whose compilers choose layouts well
-
-
 def _lax_conv_input(g: Array, w: Array, spec: Spec) -> Array:
     shape = (g.shape[0], *spec.input, w.shape[2] * spec.groups)
-    return jax.linear_transpose(lambda x: _conv(x, w, spec), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
+    return jax.linear_transpose(lambda x: _lax_conv(x, w, spec), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
 
 
 def _lax_conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     shape = (*spec.kernel, x.shape[3] // spec.groups, g.shape[3])
-    return jax.linear_transpose(lambda w: _conv(x, w, spec), jax.ShapeDtypeStruct(shape, x.dtype))(g)[0]
+    return jax.linear_transpose(lambda w: _lax_conv(x, w, spec), jax.ShapeDtypeStruct(shape, x.dtype))(g)[0]
 
 
 # The primitives
@@ -208,7 +242,7 @@ def _batch(primitive: Primitive, operands: Any, dims: Any, *, spec: Spec) -> tup
     return out.reshape(*out.shape[:3], size, -1), 3
 
 
-conv_p = _primitive("conv2d", _conv, _conv)
+conv_p = _primitive("conv2d", _conv, _lax_conv)
 conv_input_p = _primitive("conv2d_input", _conv_input, _lax_conv_input)
 conv_kernel_p = _primitive("conv2d_kernel", _conv_kernel, _lax_conv_kernel)
 

@@ -4,12 +4,13 @@ Legend: B batch, H and W height and width in pixels, c channels.
 """
 
 from functools import partial
-from typing import Any, cast
+from typing import cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
+from l2t_jax.convolution import conv2d
 from l2t_jax.types import Array, Key, PyTree, Student
 
 # Normal, not truncated, with variance 2 / fan_in: the initialisation of He et al. 2015, Eq. 10.
@@ -71,13 +72,31 @@ def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, name=name)
 
 
-def conv(channels: int, kernel: int, stride: int, name: str) -> nn.Conv:
-    """Make a square convolution without bias, He-normal, output i centred on input stride * i.
+class Conv(nn.Module):
+    """A square convolution, He-normal, whose gradients stay fast in loops on every platform.
 
-    linen's "SAME" shifts strided convolutions by a pixel, out of line with a subsampled shortcut.
+    An integer padding of kernel // 2 centres output i on input stride * i; linen's "SAME" shifts strided convolutions
+    by a pixel, out of line with a subsampled shortcut.
     """
-    options: dict[str, Any] = {"use_bias": False, "kernel_init": he_normal, "padding": kernel // 2}
-    return nn.Conv(channels, (kernel, kernel), (stride, stride), name=name, **options)
+
+    channels: int
+    kernel: int
+    stride: int = 1
+    padding: str | int = "VALID"
+    use_bias: bool = False
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        """Map [B, H, W, c] to [B, h, w, channels]."""
+        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        kernel = self.param("kernel", he_normal, shape).astype(x.dtype)
+        x = conv2d(x, kernel, strides=self.stride, padding=self.padding)
+        return x + self.param("bias", nn.initializers.zeros, (self.channels,)) if self.use_bias else x
+
+
+def conv(channels: int, kernel: int, stride: int, name: str) -> Conv:
+    """Make the convolution of the residual networks: no bias, centred."""
+    return Conv(channels, kernel, stride, kernel // 2, name=name)
 
 
 def max_pool(x: Array, window: int = 2) -> Array:

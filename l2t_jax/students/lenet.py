@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from l2t_jax.students.layers import dense, from_linen, he_normal, max_pool, pad_to, require_positive
+from l2t_jax.students.layers import Conv, dense, from_linen, max_pool, pad_to, require_positive
 from l2t_jax.types import Array, Student
 
 
@@ -17,7 +17,7 @@ class LeNet(nn.Module):
         """Map images [B, H, W, c] to logits [B, C]; `train` changes nothing."""
         x = pad_to(x, 32)
         for i, channels in enumerate((self.width, round(self.width * 16 / 6)), start=1):
-            conv = nn.Conv(channels, (5, 5), padding="VALID", kernel_init=he_normal, name=f"conv{i}")
+            conv = Conv(channels, 5, use_bias=True, name=f"conv{i}")
             x = max_pool(nn.relu(conv(x)))
         x = x.reshape(x.shape[0], -1)
         for i, units in enumerate((20 * self.width, 14 * self.width), start=1):
