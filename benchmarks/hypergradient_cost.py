@@ -1,7 +1,7 @@
 """What a hypergradient costs: time and memory against the unroll length, for each memory mode.
 
   python -m benchmarks.hypergradient_cost
-  python -m benchmarks.hypergradient_cost --workload=w3 --unroll_lengths=1,5,25 --memory=mixed
+  python -m benchmarks.hypergradient_cost --workload=w3 --unroll_lengths=1,5,25 --mode=mixed
 
 Times are medians over repeats of the compiled program, quoted as ratios to N plain student steps that are measured in
 turn with them in the same process, since absolute times drift on shared machines. Memory is the compiler's own figure.
@@ -48,7 +48,7 @@ WORKLOADS = {
 
 flags.DEFINE_multi_enum("workload", list(WORKLOADS), list(WORKLOADS), "w1 ResNet-8, w2 LeNet-5, w3 MLP; repeatable.")
 flags.DEFINE_list("unroll_lengths", ["1", "5", "25"], "N, student steps, comma separated.")
-flags.DEFINE_multi_enum("memory", list(MEMORY_MODES), list(MEMORY_MODES), "Memory modes; repeatable.")
+flags.DEFINE_multi_enum("mode", list(MEMORY_MODES), list(MEMORY_MODES), "Memory modes; repeatable.")
 flags.DEFINE_integer("repeats", 5, "Timed calls of each program; the median counts.", lower_bound=1)
 flags.DEFINE_string(
     "out", None, "File of the record (JSON). Default: benchmarks/results/hypergradient_cost_BACKEND.json."
@@ -68,7 +68,7 @@ def main(argv: list[str]) -> None:
     console, rows = Console(), []
     for workload in FLAGS.workload:
         for length in lengths:
-            rows += measure(workload, length, FLAGS.memory, FLAGS.repeats)
+            rows += measure(workload, length, FLAGS.mode, FLAGS.repeats)
             console.print(f"{workload}, N = {length}: done", style="dim")
     console.print(table_of(rows))
     default = Path(__file__).parent / "results" / f"hypergradient_cost_{jax.default_backend()}.json"
