@@ -292,7 +292,8 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
     surfaces: list[tuple[str, Any]] = []
     for path in sorted(folder.glob("round_*.npz")):
         done = int(path.stem.removeprefix("round_"))
-        share = "start" if done == 0 else "end" if done == setting.schedule.rounds else f"round {done}"
+        percentage = f"{100 * done / setting.schedule.rounds:.0f} % (round {done})"
+        share = {0: "start", setting.schedule.rounds: "end"}.get(done, percentage)
         arrays = load_arrays(path)
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
