@@ -8,14 +8,18 @@ import sys
 import time
 from pathlib import Path
 
+import chex
+import jax
 import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
 
 from experiments import _flags, classification
+from experiments._run import example_inputs
 from experiments.presets import PRESETS
 from l2t_jax import data
+from l2t_jax.checkpoints import Checkpoints
 from l2t_jax.records import load_arrays
 
 ROOT = Path(__file__).parents[1]
@@ -97,6 +101,24 @@ def test_methods_share_students_and_batches(finished):
         assert start[("l2t_dln_transfer", seed)]["validation_error"] != pytest.approx(
             plain["validation_error"], rel=1e-3
         )
+
+
+def test_transfer_is_taught_by_the_frozen_teacher(finished):
+    """The teacher of the transfer run is, from its first round to its last, the one that online training ended with."""
+    with flagsaver.flagsaver():
+        _flags.parse_arguments(["classification.py", *SMALL, f"--workdir={finished}"])
+        config, _ = _flags.resolve("classification")
+    dataset = data.load("digits")
+    student, task = classification.build_student(config, dataset), classification.image_classification(dataset)
+    taught = {}
+    for entry in classification.build_entries(config, student, task)[:2]:
+        fresh = entry.method.init(jax.random.key(0), example_inputs(dataset))
+        checkpoints = Checkpoints(finished / "checkpoints" / entry.name / "seed_1")
+        taught[entry.name] = checkpoints.restore(fresh).state
+    online, transfer = taught["l2t_dln"], taught["l2t_dln_transfer"]
+    chex.assert_trees_all_equal(transfer.teacher, online.teacher)
+    assert jax.tree.leaves(online.optimizer_state)[0] == 3  # Adam's count: the online teacher did learn, once a round
+    assert jax.tree.leaves(transfer.optimizer_state)[0] == 0
 
 
 def test_snapshots_are_the_dln(finished):

@@ -28,6 +28,15 @@ SCHEDULE = Schedule(
 DATA = toy.batch(9, EXAMPLES)
 
 
+def noisy_gather(data, indices, key):
+    """An augmentation that draws at random, so that a draw that depended on the dispatch would show."""
+    batch = toy.task.gather(data, indices, None)
+    return batch._replace(inputs=batch.inputs + 0.1 * jax.random.normal(key, batch.inputs.shape))
+
+
+NOISY = toy.task._replace(gather=noisy_gather)
+
+
 def temperature_loss():
     def apply(params, outputs, targets):
         return toy.task.error(outputs * params["temperature"], targets) + params["unused"] * 0
@@ -64,7 +73,7 @@ class Runner:
         )
         self.path, self.rows, self.stop_after, self.seed = path, [], stop_after, seed
         self.snapshots, self.lines = {}, []
-        self.execute = compile_rounds(self.method, toy.task, augment=False)
+        self.execute = compile_rounds(self.method, NOISY, augment=True)
 
     def write(self, rows):
         self.rows += rows
