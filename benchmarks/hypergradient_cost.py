@@ -21,8 +21,9 @@ from absl import app, flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from l2t_jax.hypergradient import MEMORY_MODES, hypergradient
+from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
+from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.records import environment, write_json
 from l2t_jax.students import STUDENTS
 from l2t_jax.types import Batch, Student, Task

@@ -11,8 +11,8 @@ from absl import flags
 
 from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
-from l2t_jax.hypergradient import MEMORY_MODES
 from l2t_jax.losses import fixed_losses
+from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 

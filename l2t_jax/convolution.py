@@ -12,6 +12,7 @@ Legend: B batch, H x W input, h x w output, I input and O output channels, G gro
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -26,7 +27,7 @@ from l2t_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 4  # up to here patches in one matrix product are fastest on CPU
-MANY_CHANNELS = 64  # from here on the kernel gradient is fastest as a convolution there
+CACHE = 4 * 2**20  # bytes; patches that fit are faster there in one matrix product too
 Pair = tuple[int, int]
 
 
@@ -127,7 +128,8 @@ def _pair(value: int | Pair, name: str) -> Pair:
 
 
 def _conv(x: Array, w: Array, spec: Spec) -> Array:
-    if spec.groups == 1 and (spec.kernel == (1, 1) or x.shape[3] <= FEW_CHANNELS):
+    patches = x.dtype.itemsize * x.shape[0] * math.prod(spec.output) * math.prod(spec.kernel) * x.shape[3]
+    if spec.groups == 1 and (spec.kernel == (1, 1) or x.shape[3] <= FEW_CHANNELS or patches <= CACHE):
         return jnp.concatenate(_shifted(x, spec), axis=-1) @ w.reshape(-1, w.shape[3])
     return _lax_conv(x, w, spec)
 
@@ -146,17 +148,19 @@ def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
 
 
 def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
-    """The kernel gradient: a matrix product over all output positions for every position in the kernel.
+    """The kernel gradient: matrix products over all output positions, of as many patches as are worth storing.
 
-    With many channels it is the convolution of x by g instead, over the batch, where output positions are kernel
-    positions and the reverse.
+    Grouped, it is the convolution of x by g, over the batch, where output positions are kernel positions and the
+    reverse.
     """
     inputs = x.shape[3] // spec.groups
-    if spec.groups == 1 and inputs < MANY_CHANNELS:
-        columns = _shifted(x, spec)
-        if inputs <= FEW_CHANNELS:
-            columns = [jnp.concatenate(columns, axis=-1)]
-        products = [lax.dot_general(c, g, (((0, 1, 2), (0, 1, 2)), ((), ()))) for c in columns]  # [I, O] each
+    if spec.groups == 1:
+        # Positions innermost, once: else each of the products would transpose its operand for itself.
+        columns = [c.reshape(inputs, -1) for c in _shifted(lax.optimization_barrier(x.transpose(3, 0, 1, 2)), spec, 2)]
+        small = len(columns) * columns[0].size * x.dtype.itemsize <= CACHE
+        count = len(columns) if small else spec.kernel[1]
+        patches = [jnp.concatenate(columns[i : i + count]) for i in range(0, len(columns), count)]
+        products = [p @ g.reshape(-1, g.shape[3]) for p in patches]  # [count I, O] each
         return jnp.concatenate(products).reshape(*spec.kernel, inputs, -1)
     x = x.reshape(*x.shape[:3], spec.groups, inputs).transpose(4, 1, 2, 3, 0).reshape(inputs, *x.shape[1:3], -1)
     before = [spec.padding[i][0] for i in (0, 1)]
@@ -168,14 +172,15 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     return y.transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
 
 
-def _shifted(x: Array, spec: Spec) -> list[Array]:
-    """What each position of the kernel sees: K K arrays [B, h, w, I]."""
-    zero = jnp.zeros((), x.dtype)
-    x = lax.pad(x, zero, [(0, 0, 0), (*spec.padding[0], 0), (*spec.padding[1], 0), (0, 0, 0)])
+def _shifted(x: Array, spec: Spec, axis: int = 1) -> list[Array]:
+    """What each position of the kernel sees: K K arrays [B, h, w, I], or as x has its axes; axis is that of H."""
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis : axis + 2] = [(*pad, 0) for pad in spec.padding]
+    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
     (h, w), (s, t), (d, e) = spec.output, spec.strides, spec.dilation
     rows = [slice(k * d, k * d + (h - 1) * s + 1, s) for k in range(spec.kernel[0])]
     columns = [slice(k * e, k * e + (w - 1) * t + 1, t) for k in range(spec.kernel[1])]
-    return [x[:, r, c] for r in rows for c in columns]
+    return [x[(slice(None),) * axis + (r, c)] for r in rows for c in columns]
 
 
 def _spread(g: Array, before: list[int], size: Pair, spec: Spec) -> Array:

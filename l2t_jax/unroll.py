@@ -20,6 +20,8 @@ OuterError = Callable[[PyTree, PyTree, PyTree], tuple[Array, PyTree]]
 Gradient = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, Array, PyTree]]
 # (state, loss parameters, batch) -> next state, loss
 Step = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
+# (state, loss parameters, batches [N, ...]) -> state after N steps, losses [N]
+Unroll = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 
 
 def inner_objective(student: Student, loss: Loss) -> InnerLoss:
@@ -98,9 +100,9 @@ def unroll(step: Step, state: StudentState, loss_params: PyTree, batches: PyTree
 
 
 def unrolled_error(
-    step: Step, outer: OuterError
+    run: Unroll, outer: OuterError
 ) -> Callable[[PyTree, StudentState, PyTree, PyTree], tuple[Array, tuple[StudentState, Array, PyTree]]]:
-    """Build the function that hypergradients differentiate: N student steps under phi, then the validation error.
+    """Build the function that hypergradients differentiate: an unroll under phi, then the validation error.
 
     Returns:
       objective(phi, state, batches, validation) -> error [], (state after N steps, losses [N], metrics).
@@ -109,7 +111,7 @@ def unrolled_error(
     def objective(
         phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree
     ) -> tuple[Array, tuple[StudentState, Array, PyTree]]:
-        state, losses = unroll(step, state, phi, batches)
+        state, losses = run(state, phi, batches)
         error, metrics = outer(state.params, state.batch_stats, validation)
         return error, (state, losses, metrics)
 

@@ -10,15 +10,15 @@ import optax
 import pytest
 import toy
 
-from l2t_jax.hypergradient import MEMORY_MODES, hypergradient
+from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
+from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.unroll import (
     init_state,
     inner_objective,
     outer_objective,
     plain_gradient,
     student_step,
-    unroll,
 )
 
 ETA, MU, DECAY = 0.1, 0.9, 1e-2
@@ -157,10 +157,10 @@ def test_flows_through_auxiliary_state(memory, x64):
 def test_derivative_of_the_inner_losses(memory, x64):
     """The losses an unroll returns are differentiable as well, in every mode."""
     inner, _, phi, state, batches, _ = problem(3)
-    step = MEMORY_MODES[memory](inner, SGD, None)
+    run = MEMORY_MODES[memory](inner, SGD, None)
     reference = MEMORY_MODES["save"](inner, SGD, None)
-    last = lambda step: jax.jit(jax.grad(lambda phi: unroll(step, state, phi, batches)[1][-1]))(phi)  # noqa: E731
-    chex.assert_trees_all_close(last(step), last(reference), rtol=1e-10, atol=1e-12)
+    last = lambda run: jax.jit(jax.grad(lambda phi: run(state, phi, batches)[1][-1]))(phi)  # noqa: E731
+    chex.assert_trees_all_close(last(run), last(reference), rtol=1e-10, atol=1e-12)
 
 
 def test_constants_inside_the_loss_stay_constant(x64):
@@ -215,9 +215,9 @@ def test_a_custom_derivative_inside_the_loss(x64):
 
 def test_mixed_refuses_what_it_cannot_do(x64):
     inner, outer, phi, state, batches, _ = problem(2)
-    step = MEMORY_MODES["mixed"](inner, SGD, None)
+    run = MEMORY_MODES["mixed"](inner, SGD, None)
     with pytest.raises(ValueError, match="holds the batch constant"):
-        jax.grad(lambda x: unroll(step, state, phi, batches._replace(inputs=x))[1].sum())(batches.inputs)
+        jax.grad(lambda x: run(state, phi, batches._replace(inputs=x))[1].sum())(batches.inputs)
 
     with pytest.raises(ValueError, match=r"'mixd' is unknown; choose one of save, remat, mixed"):
         hypergradient(inner, outer, SGD, memory="mixd")

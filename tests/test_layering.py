@@ -14,6 +14,7 @@ LAYERS = (  # lowest first; rooms of one layer do not import each other, except 
     {"data"},
     {"tasks"},
     {"unroll"},
+    {"memory"},
     {"hypergradient"},
     {"methods"},
     {"checkpoints", "records", "plots", "progress"},

@@ -2,6 +2,7 @@
 
 from collections import OrderedDict  # keeps its order through jit, which sorts a dict
 from collections.abc import Callable
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,7 @@ import optax
 
 from l2t_jax.hypergradient import Hypergradient
 from l2t_jax.types import Batch, PyTree, RoundBatches, StudentState
-from l2t_jax.unroll import InnerLoss, OuterError, mean_over, plain_gradient, student_step, unrolled_error
+from l2t_jax.unroll import InnerLoss, OuterError, mean_over, plain_gradient, student_step, unroll, unrolled_error
 
 
 def stage(batches: RoundBatches, s: int) -> tuple[Batch, Batch]:
@@ -25,7 +26,8 @@ def train_stage(
     axis_name: str | None = None,
 ) -> Callable[[PyTree, StudentState, PyTree, PyTree], Hypergradient]:
     """Build a stage of student steps of which no derivative is wanted: a `Hypergradient` whose gradient is {}."""
-    run = unrolled_error(student_step(plain_gradient(inner), optimizer, axis_name=axis_name), outer)
+    step = student_step(plain_gradient(inner), optimizer, axis_name=axis_name)
+    run = unrolled_error(partial(unroll, step), outer)
 
     def compute(phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree) -> Hypergradient:
         error, (state, losses, metrics) = run(phi, state, batches, validation)
