@@ -1,157 +1,454 @@
-"""What a hypergradient costs: time and memory against the unroll length, for each memory mode.
+"""What a hypergradient costs: time and memory against the unroll length, in each memory mode and in other libraries.
 
   python -m benchmarks.hypergradient_cost
-  python -m benchmarks.hypergradient_cost --workload=w3 --unroll_lengths=1,5,25 --mode=mixed
+  python -m benchmarks.hypergradient_cost --workload=w3 --unroll_lengths=1,5,25 --mode=mixed --peers=
+  python -m benchmarks.hypergradient_cost --peers="torch RMD,higher" --peer_python=.venv/torch/bin/python
 
-Times are medians over repeats of the compiled program, quoted as ratios to N plain student steps that are measured in
-turn with them in the same process, since absolute times drift on shared machines. Memory is the compiler's own figure.
+Times are medians over repeats of a prepared program. In each repeat all programs run in turn, one at a time, those of
+other libraries in processes of their own; so drift, large on shared machines, hits all alike, and ratios are what to
+read. Memory is the compiler's figure for temporaries, and what a call added to the resident set (RSS) of its process at
+most; the latter comes short by what free() kept for reuse, some tens of MiB.
 """
 
+import contextlib
+import json
+import math
+import os
+import shlex
+import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from absl import app, flags, logging
+from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import worker
+from benchmarks.workloads import WORKLOADS, Problem, problem
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses import LOSSES
-from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.records import environment, write_json
-from l2t_jax.students import STUDENTS
-from l2t_jax.types import Batch, Student, Task
-from l2t_jax.unroll import init_state, inner_objective, outer_objective, plain_gradient, student_step, unroll
+from l2t_jax.memory import MEMORY_MODES, choose, device_bytes, kept_bytes
+from l2t_jax.plots import costs
+from l2t_jax.records import environment, load_arrays, save_arrays, write_json
+from l2t_jax.unroll import plain_gradient, student_step, unroll
 
-BATCH, VALIDATION = 25, 100
-TASK = Task(optax.softmax_cross_entropy_with_integer_labels, lambda outputs, targets: {}, lambda data, *_: data)
+MODES = [mode for mode in MEMORY_MODES if mode != "auto"]
+PLAIN, FIRST, TORCH = "plain steps", "torch steps", "torch create_graph"
+TOLERANCE = 1e-2  # relative; float32 through many steps differs by less, another derivative by more
+NAIVE_LONGEST = 5  # N; it is about 20 times slower than the rest on CPUs
+ENOUGH = 3  # repeats after which --seconds may end a measurement
+QUIET = 0.5  # the load of a machine whose times can be trusted
+FULL = 0.8  # of the device's memory; a program that would take more is left out
+# L2T-DLN (NeurIPS 2023), Table 5: N -> seconds of one ROUND (two unrolls and the teacher), wide ResNet-8, its GPU.
+PAPER_TABLE_5 = {1: 1.0, 5: 3.0, 10: 5.8, 15: 7.9, 25: 13.4, 50: 32.0, 75: 76.7}
+PAPER_LABEL = "paper, Table 5: a whole ROUND\n(two unrolls) of its wide\nResNet-8 on its GPU"
+
+FLAGS = flags.FlagValues()  # not absl's global ones, which the other scripts' flags of the same names would clash with
 
 
-class Workload(NamedTuple):
-    """A student and the images it sees; random pixels, since no figure depends on what they show."""
+def define_flags() -> None:
+    """What the command line takes."""
+    known = "; ".join(f"{name} {workload.describe}" for name, workload in WORKLOADS.items())
+    flags.DEFINE_multi_enum("workload", list(WORKLOADS), list(WORKLOADS), f"{known}. Repeatable.", flag_values=FLAGS)
+    lengths = ["1", "5", "10", "15", "25", "50", "75"]
+    flags.DEFINE_list("unroll_lengths", lengths, "N, student steps, comma separated.", flag_values=FLAGS)
+    flags.DEFINE_multi_enum(
+        "mode",
+        MODES,
+        list(MEMORY_MODES),
+        "Memory modes; repeatable. Default: all but auto, which compiles to the one that the table marks with a star.",
+        flag_values=FLAGS,
+    )
+    flags.DEFINE_list(
+        "peers",
+        None,
+        f"Programs to compare with, comma separated: {', '.join(worker.PROGRAMS)}. naive is this library without its "
+        f"convolution, pooling and memory modes, up to N = {NAIVE_LONGEST}; the others need `pip install "
+        "l2t_jax[bench]`, in this environment or in --peer_python's. --peers= compares with none. Default: all that "
+        "are installed; none on an accelerator, since they run on the CPU, or with --seeds above 1.",
+        flag_values=FLAGS,
+    )
+    flags.DEFINE_string(
+        "peer_python", sys.executable, "The Python that has the libraries to compare with.", flag_values=FLAGS
+    )
+    flags.DEFINE_integer(
+        "repeats", 5, "Timed calls of each program; the median counts.", lower_bound=1, flag_values=FLAGS
+    )
+    flags.DEFINE_float(
+        "seconds",
+        60.0,
+        f"Start no further repeat of a workload and N after so long, if there were {ENOUGH}; 0 is as soon as possible.",
+        lower_bound=0.0,
+        flag_values=FLAGS,
+    )
+    flags.DEFINE_integer(
+        "seeds", 1, "Run so many seeds at once (vmap), to fill an accelerator.", lower_bound=1, flag_values=FLAGS
+    )
+    flags.DEFINE_string(
+        "out",
+        None,
+        "File of the record (JSON), rewritten after each workload and N. Default: "
+        "benchmarks/results/hypergradient_cost_BACKEND.json.",
+        flag_values=FLAGS,
+    )
+    flags.DEFINE_bool("plot", False, "Draw seconds against N, beside the record (.png).", flag_values=FLAGS)
+    flags.DEFINE_string("replot", None, "Only draw what this record (JSON) says.", flag_values=FLAGS)
+    flags.DEFINE_bool("help", False, "Say all this.", flag_values=FLAGS)
 
-    student: Callable[..., Student]
-    shape: tuple[int, int, int]
-    describe: str
 
-
-WORKLOADS = {
-    "w1": Workload(lambda: STUDENTS["resnet8"](num_classes=10, shortcut="b"), (32, 32, 3), "ResNet-8 16-32-64"),
-    "w2": Workload(lambda: STUDENTS["lenet"](num_classes=10), (28, 28, 1), "LeNet-5"),
-    "w3": Workload(lambda: STUDENTS["mlp"](num_classes=10), (28, 28, 1), "MLP 784-500-10"),
-}
-
-flags.DEFINE_multi_enum("workload", list(WORKLOADS), list(WORKLOADS), "w1 ResNet-8, w2 LeNet-5, w3 MLP; repeatable.")
-flags.DEFINE_list("unroll_lengths", ["1", "5", "25"], "N, student steps, comma separated.")
-flags.DEFINE_multi_enum("mode", list(MEMORY_MODES), list(MEMORY_MODES), "Memory modes; repeatable.")
-flags.DEFINE_integer("repeats", 5, "Timed calls of each program; the median counts.", lower_bound=1)
-flags.DEFINE_string(
-    "out", None, "File of the record (JSON). Default: benchmarks/results/hypergradient_cost_BACKEND.json."
-)
-FLAGS = flags.FLAGS
+define_flags()
 
 
 def main(argv: list[str]) -> None:
-    """Measure, print a table, write the record."""
+    """Measure, print tables, write the record; bad input is one line and exit code 2."""
+    lengths, python = _parse(argv)
+    if FLAGS.replot:
+        return _replot(Path(FLAGS.replot))
+    chosen = _peers(python)
+    default = Path(__file__).parent / "results" / f"hypergradient_cost_{jax.default_backend()}.json"
+    path = Path(FLAGS.out or default)
+    with _or_fail(f"--out={path}", OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    console, begin = Console(), time.perf_counter()
+    if not console.is_terminal:
+        console.width = 120  # a file is wide enough for the table
+    rows: list[dict[str, Any]] = []
+    load = os.getloadavg()[0]
+    if load > QUIET:
+        _complain(f"others use this machine (load {load:.1f}): all times suffer, and those of PyTorch by far the most.")
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    here = {"command": command, "environment": environment(), "load_before": load}
+    for workload in FLAGS.workload:
+        for length in lengths:
+            rows += measure(
+                workload, length, FLAGS.mode, FLAGS.repeats, chosen, python, seconds=FLAGS.seconds, seeds=FLAGS.seeds
+            )
+            with _or_fail(f"--out={path}", OSError):
+                write_json(path, {"rows": rows, "exponents": exponents(rows), **here})
+            console.print(f"{workload}, N = {length}: done, {time.perf_counter() - begin:.0f} s", style="dim")
+    console.print(table_of(rows))
+    if fitted := exponents(rows):
+        console.print(table_of_exponents(fitted))
+    if FLAGS.plot:
+        console.print(f"Plot: {plot(rows, path.with_suffix('.png'))}")
+    console.print(f"Record: {path}")
+
+
+def measure(
+    name: str,
+    length: int,
+    modes: list[str],
+    repeats: int,
+    peers: list[str] | tuple[()] = (),
+    python: str = sys.executable,
+    *,
+    seconds: float = math.inf,
+    seeds: int = 1,
+) -> list[dict[str, Any]]:
+    """One row for N plain steps, for each mode and for each peer, timed in turn so that drift hits all alike."""
+    where, task = f"{name}, N = {length}", problem(name, length, seeds)
+    kept, auto = _predicted(task, seeds)
+    with contextlib.ExitStack() as stack:
+        programs = _ours(where, task, modes, seeds)
+        for mode in modes:
+            if mode in programs:
+                programs[mode].known["predicted_mib"] = kept[auto if mode == "auto" else mode] / 2**20
+        programs |= _theirs(stack, where, name, length, task, programs, peers, python)
+        calls: dict[str, list[dict[str, float | None]]] = {label: [] for label in programs}
+        begin = time.perf_counter()
+        for repeat in range(repeats):
+            if repeat >= ENOUGH and time.perf_counter() - begin > seconds:
+                break
+            for label in list(programs):
+                try:
+                    calls[label].append(programs[label].timed(repeat == 0))
+                except worker.WorkerError as error:
+                    _complain(f"{where}: {error}")
+                    del programs[label]
+    median = {label: float(np.median([call["seconds"] for call in calls[label]])) for label in programs}
+    shared = {
+        "workload": name,
+        "student": WORKLOADS[name].describe,
+        "parameters": sum(leaf.size for leaf in jax.tree.leaves(task.state.params)) // seeds,
+        "unroll_length": length,
+        "seeds": seeds,
+        "auto_mode": auto,
+    }
+    return [
+        {
+            **shared,
+            "program": label,
+            "seconds": median[label],
+            "seconds_all": [call["seconds"] for call in calls[label]],
+            "ratio_to_plain": median[label] / median[PLAIN],
+            "ratio_to_torch": median[label] / median[TORCH] if TORCH in median else None,
+            "resident_mib": _largest(call["resident_mib"] for call in calls[label]),
+            **program.known,
+        }
+        for label, program in programs.items()
+    ]
+
+
+class Program(NamedTuple):
+    """One that is ready to be timed."""
+
+    timed: Callable[[bool], dict[str, float | None]]  # as `worker.timed`
+    known: dict[str, Any]  # the columns that are known before it is timed
+    result: worker.Arrays  # the hypergradient; of plain steps the student's parameters
+
+
+def _known(ready: dict[str, Any], agreement: float | None) -> dict[str, Any]:
+    columns = ("compile_seconds", "first_seconds", "temporary_mib", "predicted_mib", "libraries")
+    return {"agreement": agreement, **{column: ready.get(column) for column in columns}}
+
+
+def _ours(where: str, task: Problem, modes: list[str], seeds: int) -> dict[str, Program]:
+    """N plain steps and the hypergradient in each mode, compiled and called once."""
+    step = student_step(plain_gradient(task.inner), task.optimizer)
+    functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
+        PLAIN: (lambda *a: unroll(step, *a)[0].params, (task.state, task.phi, task.batches))
+    }
+    for mode in modes:
+        compute = hypergradient(task.inner, task.outer, task.optimizer, memory=mode)
+        functions[mode] = (lambda *a, f=compute: f(*a).gradient), (task.phi, task.state, task.batches, task.validation)
+    programs: dict[str, Program] = {}
+    for label, (function, arguments) in functions.items():
+        begin = time.perf_counter()
+        compiled = jax.jit(jax.vmap(function) if seeds > 1 else function).lower(*arguments).compile()
+        ready: dict[str, Any] = {"compile_seconds": time.perf_counter() - begin}
+        if analysis := compiled.memory_analysis():
+            ready["temporary_mib"] = analysis.temp_size_in_bytes / 2**20
+            if analysis.temp_size_in_bytes > FULL * device_bytes():
+                _complain(f"{where}: {label} is left out, since it needs {ready['temporary_mib'] / 1024:.0f} GiB.")
+                continue
+        begin = time.perf_counter()
+        result = worker.named(jax.block_until_ready(compiled(*arguments)))
+        ready["first_seconds"] = time.perf_counter() - begin
+        mine = next((programs[mode].result for mode in modes if mode in programs), result)
+        agreement = None if label == PLAIN else difference(result, mine)
+        programs[label] = Program(_timed(compiled, arguments), _known(ready, agreement), result)
+    return programs
+
+
+def _timed(compiled: Any, arguments: tuple[Any, ...]) -> Callable[[bool], dict[str, float | None]]:
+    def timed(trim: bool) -> dict[str, float | None]:
+        found = worker.timed(lambda: jax.block_until_ready(compiled(*arguments)), trim)
+        # The resident set of an accelerator's host says nothing.
+        return found if jax.default_backend() == "cpu" else {**found, "resident_mib": None}
+
+    return timed
+
+
+def _theirs(
+    stack: contextlib.ExitStack,
+    where: str,
+    name: str,
+    length: int,
+    task: Problem,
+    ours: dict[str, Program],
+    peers: list[str] | tuple[()],
+    python: str,
+) -> dict[str, Program]:
+    """The peers in their processes, which end with the stack."""
+    peers = [peer for peer in peers if peer != "naive" or length <= NAIVE_LONGEST]
+    if not peers:
+        return {}
+    folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+    arrays, result = folder / "arrays.npz", folder / "result.npz"
+    start = {"params": task.state.params, "phi": task.phi, "batches": task.batches, "validation": task.validation}
+    save_arrays(arrays, start)
+    programs = {}
+    for peer in peers:
+        try:
+            process = worker.Worker(sys.executable if peer == "naive" else python, peer, name, arrays, result)
+        except worker.WorkerError as error:
+            _complain(f"{where}: {error}")
+            continue
+        stack.callback(process.close)
+        found = load_arrays(result)
+        mine = [program.result for label, program in ours.items() if (label == PLAIN) == (peer == FIRST)]
+        agreement = difference(found, mine[0]) if mine else None
+        programs[peer] = Program(process.timed, _known(process.ready, agreement), found)
+    return programs
+
+
+def _predicted(task: Problem, seeds: int) -> tuple[dict[str, float], str]:
+    """The bytes that `kept_bytes` predicts for each mode and all seeds, and the mode that "auto" takes."""
+
+    def one(tree: Any) -> Any:  # under vmap "auto" sees one seed
+        return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[seeds > 1 :], x.dtype), tree)
+
+    kept = kept_bytes(task.inner, task.optimizer, None, one(task.state), one(task.phi), one(task.batches))
+    return {mode: seeds * size for mode, size in kept.items()}, choose(kept, device_bytes())
+
+
+def difference(theirs: worker.Arrays, ours: worker.Arrays) -> float:
+    """The norm of the difference, relative to that of ours."""
+    squares = [
+        (np.sum((theirs[name] - own) ** 2, dtype=float), np.sum(own**2, dtype=float)) for name, own in ours.items()
+    ]
+    apart, whole = np.sum(squares, axis=0)
+    return float(np.sqrt(apart / whole))
+
+
+def _largest(values: Iterator[float | None]) -> float | None:
+    return max((value for value in values if value is not None), default=None)
+
+
+def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Fit seconds ~ N^exponent and MiB ~ N * mib_a_step by least squares, where there are three lengths or more.
+
+    The memory is the compiler's figure where there is one, else that of the resident set.
+    """
+    fitted = []
+    for workload, program in dict.fromkeys((row["workload"], row["program"]) for row in rows):
+        mine = [row for row in rows if (row["workload"], row["program"]) == (workload, program)]
+        lengths = [row["unroll_length"] for row in mine]
+        if len(set(lengths)) < 3:
+            continue
+        column = "temporary_mib" if mine[0]["temporary_mib"] is not None else "resident_mib"
+        memory = [row[column] for row in mine]
+        fitted.append(
+            {
+                "workload": workload,
+                "program": program,
+                "unroll_lengths": lengths,
+                "exponent": _slope(np.log(lengths), np.log([row["seconds"] for row in mine])),
+                "mib_a_step": None if None in memory else _slope(lengths, memory),
+                "memory": column,
+            }
+        )
+    return fitted
+
+
+def _slope(x: Any, y: Any) -> float:
+    return float(np.polyfit(x, y, 1)[0])
+
+
+def table_of(rows: list[dict[str, Any]]) -> Table:
+    """The rows for the eye."""
+    table = Table(title="Cost of a hypergradient", caption="* the mode that auto takes")
+    for column in ("workload", "N", "program"):
+        table.add_column(column, justify="right" if column == "N" else "left")
+    for column in ("seconds", "x plain", "x torch", "temp MiB", "RSS MiB", "compile s", "differs"):
+        table.add_column(column, justify="right")
+    for row in rows:
+        agreement = row["agreement"]
+        differs = "" if agreement is None else f"{agreement:.0e}"
+        table.add_row(
+            row["workload"],
+            str(row["unroll_length"]),
+            row["program"] + ("*" if row["program"] == row["auto_mode"] else ""),
+            f"{row['seconds']:.3f}",
+            f"{row['ratio_to_plain']:.2f}",
+            _cell(row["ratio_to_torch"], 2),
+            _cell(row["temporary_mib"], 1),
+            _cell(row["resident_mib"], 1),
+            _cell(row["compile_seconds"], 1),
+            # `not <=`, so that it is said of NaN too
+            f"[bold red]disagrees: {differs}[/]" if agreement is not None and not agreement <= TOLERANCE else differs,
+        )
+    return table
+
+
+def table_of_exponents(fitted: list[dict[str, Any]]) -> Table:
+    """The fits for the eye."""
+    table = Table(title="Growth with N")
+    for column in ("workload", "program", "seconds ~ N^", "MiB a step"):
+        table.add_column(column, justify="left" if column in ("workload", "program") else "right")
+    for fit in fitted:
+        table.add_row(fit["workload"], fit["program"], f"{fit['exponent']:.2f}", _cell(fit["mib_a_step"], 2))
+    return table
+
+
+def _cell(value: float | None, digits: int) -> str:
+    return "" if value is None else f"{value:.{digits}f}"
+
+
+def plot(rows: list[dict[str, Any]], path: Path) -> Path:
+    """Draw seconds against N, ours solid, the peers dashed, beside the paper's times for a round."""
+    panels: dict[str, dict[str, Any]] = {}
+    for row in rows:
+        panel = panels.setdefault(f"{row['workload']}: {row['student']}", {})
+        panel.setdefault(row["program"], []).append((row["unroll_length"], row["seconds"]))
+    paper = (PAPER_LABEL, list(PAPER_TABLE_5), list(PAPER_TABLE_5.values()))
+    title = "Cost of a hypergradient"
+    costs(path, panels, dashed=list(worker.PROGRAMS), marks=paper, xlabel="N, steps", ylabel="seconds", title=title)
+    return path
+
+
+def _replot(path: Path) -> None:
+    with _or_fail(f"--replot={path} is no record of this benchmark", OSError, ValueError, KeyError, TypeError):
+        print(f"Plot: {plot(json.loads(path.read_text())['rows'], path.with_suffix('.png'))}")
+
+
+def _parse(argv: list[str]) -> tuple[list[int], str]:
+    """Parse the command line; the unroll lengths, and the absolute path of --peer_python."""
+    try:
+        rest = FLAGS(argv)[1:]
+    except flags.Error as error:
+        fail(str(error))
+    if FLAGS.help:
+        print(f"{__doc__}\n{FLAGS.main_module_help()}")
+        sys.exit(0)
+    if rest:
+        fail(f"{rest[0]!r} is not a flag: flags look like --workload=w3.")
     try:
         lengths = [int(length) for length in FLAGS.unroll_lengths]
     except ValueError:
         lengths = []
     if not lengths or min(lengths) < 1:
-        print("error: --unroll_lengths must be whole numbers of at least 1, comma separated.", file=sys.stderr)
-        sys.exit(2)
-    console, rows = Console(), []
-    for workload in FLAGS.workload:
-        for length in lengths:
-            rows += measure(workload, length, FLAGS.mode, FLAGS.repeats)
-            console.print(f"{workload}, N = {length}: done", style="dim")
-    console.print(table_of(rows))
-    default = Path(__file__).parent / "results" / f"hypergradient_cost_{jax.default_backend()}.json"
-    path = Path(FLAGS.out or default)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    command = " ".join(["python", *sys.orig_argv[1:]])
-    write_json(path, {"rows": rows, "command": command, "environment": environment()})
-    console.print(f"Record: {path}")
+        fail("--unroll_lengths must be whole numbers of at least 1, comma separated.")
+    python = shutil.which(FLAGS.peer_python)
+    if python is None:
+        fail(f"--peer_python={FLAGS.peer_python} is no program.")
+    return lengths, os.path.abspath(python)
 
 
-def measure(name: str, length: int, modes: list[str], repeats: int) -> list[dict[str, Any]]:
-    """One row for N plain steps and one for each mode, timed in turn so that drift hits all alike."""
-    workload = WORKLOADS[name]
-    student, loss, optimizer = workload.student(), LOSSES["dln"](), optax.sgd(0.1)
-    inner, outer = inner_objective(student, loss), outer_objective(student, TASK)
-    batches, validation = _images(workload, length, BATCH), _images(workload, VALIDATION)
-    state = init_state(student.init(jax.random.key(0), batches.inputs[0]), optimizer)
-    phi = loss.init(jax.random.key(1))
-    step = student_step(plain_gradient(inner), optimizer)
-    programs: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
-        "plain steps": (lambda *a: unroll(step, *a), (state, phi, batches))
-    }
-    for mode in modes:
-        programs[mode] = hypergradient(inner, outer, optimizer, memory=mode), (phi, state, batches, validation)
-    compiled = {label: _compile(*program) for label, program in programs.items()}
-    times: dict[str, list[float]] = {label: [] for label in programs}
-    for _ in range(repeats):
-        for label, (_, arguments) in programs.items():
-            begin = time.perf_counter()
-            jax.block_until_ready(compiled[label][0](*arguments))
-            times[label].append(time.perf_counter() - begin)
-    plain = float(np.median(times["plain steps"]))
-    return [
-        {
-            "workload": name,
-            "student": workload.describe,
-            "parameters": sum(leaf.size for leaf in jax.tree.leaves(state.params)),
-            "unroll_length": length,
-            "program": label,
-            "seconds": float(np.median(times[label])),
-            "seconds_all": times[label],
-            "ratio_to_plain": float(np.median(times[label])) / plain,
-            "temporary_mib": compiled[label][1],
-            "compile_seconds": compiled[label][2],
-        }
-        for label in programs
-    ]
+def _peers(python: str) -> list[str]:
+    """The peers to compare with."""
+    asked = FLAGS.peers
+    if unknown := set(asked or ()) - set(worker.PROGRAMS):
+        fail(f"--peers: {', '.join(sorted(unknown))} is unknown; known are {', '.join(worker.PROGRAMS)}.")
+    if asked and FLAGS.seeds > 1:
+        fail("--peers run one seed: leave --seeds at 1, or --peers out.")
+    if asked == [] or FLAGS.seeds > 1 or (asked is None and jax.default_backend() != "cpu"):
+        return []
+    try:
+        lacks = worker.lacking(python)
+    except worker.WorkerError as error:
+        fail(f"--peer_python: {error}")
+    if asked is None:
+        return [peer for peer in worker.PROGRAMS if lacks[peer] is None]
+    for peer in asked:
+        if line := lacks[peer]:
+            fail(line)
+    return asked
 
 
-def _images(workload: Workload, *lead: int) -> Batch:
-    random = np.random.default_rng(0)
-    inputs = random.standard_normal((*lead, *workload.shape), dtype=np.float32)
-    return Batch(jnp.asarray(inputs), jnp.asarray(random.integers(0, 10, lead), jnp.int32))
+@contextlib.contextmanager
+def _or_fail(what: str, *errors: type[Exception]) -> Iterator[None]:
+    try:
+        yield
+    except errors as error:
+        fail(f"{what}: {error}")
 
 
-def _compile(function: Callable[..., Any], arguments: tuple[Any, ...]) -> tuple[Any, float, float]:
-    begin = time.perf_counter()
-    compiled = jax.jit(function).lower(*arguments).compile()
-    seconds = time.perf_counter() - begin
-    jax.block_until_ready(compiled(*arguments))
-    analysis = compiled.memory_analysis()
-    return compiled, analysis.temp_size_in_bytes / 2**20 if analysis else float("nan"), seconds
+def fail(message: str) -> NoReturn:
+    """Say in one line what is wrong and exit."""
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(2)
 
 
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    """The rows for the eye."""
-    table = Table(title="Cost of a hypergradient")
-    for column in ("workload", "N", "program", "seconds", "x N plain steps", "memory, MiB", "compile, s"):
-        table.add_column(column, justify="left" if column in ("workload", "program") else "right")
-    for row in rows:
-        table.add_row(
-            row["workload"],
-            str(row["unroll_length"]),
-            row["program"],
-            f"{row['seconds']:.3f}",
-            f"{row['ratio_to_plain']:.2f}",
-            f"{row['temporary_mib']:.1f}",
-            f"{row['compile_seconds']:.1f}",
-        )
-    return table
+def _complain(message: str) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":
     logging.set_verbosity(logging.ERROR)
-    app.run(main)
+    main(sys.argv)

@@ -97,8 +97,9 @@ flags.DEFINE_float("dln_lr", None, f"gamma, of the DLN's update. Default: {_by_p
 flags.DEFINE_float("teacher_lr", None, f"Of the LSTM teacher's own Adam. Default: {_by_preset('teacher_lr')}.")
 flags.DEFINE_string(
     "memory",
-    "mixed",
-    f"{_choices(MEMORY_MODES)}. How the exact hypergradient trades memory for time: mixed needs least, save most.",
+    "auto",
+    f"{_choices(MEMORY_MODES)}. How the exact hypergradient trades memory for time; auto predicts what each would keep "
+    "and says which it takes.",
 )
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")

@@ -3,11 +3,13 @@
 Legend: G grid points of a surface's axis.
 """
 
+import contextlib
 import dataclasses
 import json
+import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -91,7 +93,7 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
     directory = open_run(options.workdir, record, options.resume)
     pairs = [(entry.name, seed) for entry in entries for seed in config.seeds]
     outcomes: dict[tuple[str, int], Outcome | str] = {}
-    with RunProgress(pairs, setting.schedule.rounds) as progress:
+    with RunProgress(pairs, setting.schedule.rounds) as progress, _shown(progress.line):
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
             outcomes |= _train_entry(setting, entry, directory, progress, outcomes)
@@ -100,6 +102,31 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
     _plot(setting, directory)
     _print(summary, options.workdir)
     return int(any(method["failed"] for method in summary["methods"].values()))
+
+
+@contextlib.contextmanager
+def _shown(line: Callable[[str], None]) -> Iterator[None]:
+    """Show what the library logs, each message once: the choice of a memory mode."""
+    seen: set[str] = set()
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in seen:
+                seen.add(message)
+                line(message)
+
+    library, lines = logging.getLogger("l2t_jax"), Lines()
+    before = library.level, library.propagate
+    library.addHandler(lines)
+    library.setLevel(logging.INFO)
+    library.propagate = False  # the root logger's handlers would write into the progress bars
+    try:
+        yield
+    finally:
+        library.removeHandler(lines)
+        library.setLevel(before[0])
+        library.propagate = before[1]
 
 
 def _train_entry(

@@ -26,8 +26,8 @@ from jax.interpreters import ad, batching, mlir
 from l2t_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-FEW_CHANNELS = 4  # up to here patches in one matrix product are fastest on CPU
-CACHE = 4 * 2**20  # bytes; patches that fit are faster there in one matrix product too
+FEW_CHANNELS = 4  # input channels; up to here patches with positions innermost are fastest on CPU
+CACHE = 4 * 2**20  # bytes; patches that fit are faster there in one matrix product
 Pair = tuple[int, int]
 
 
@@ -128,8 +128,10 @@ def _pair(value: int | Pair, name: str) -> Pair:
 
 
 def _conv(x: Array, w: Array, spec: Spec) -> Array:
-    patches = x.dtype.itemsize * x.shape[0] * math.prod(spec.output) * math.prod(spec.kernel) * x.shape[3]
-    if spec.groups == 1 and (spec.kernel == (1, 1) or x.shape[3] <= FEW_CHANNELS or patches <= CACHE):
+    if spec.groups == 1 and x.shape[3] <= FEW_CHANNELS:
+        y = w.reshape(-1, w.shape[3]).T @ jnp.concatenate(_patches(x, spec))  # [O, B h w]
+        return y.reshape(-1, x.shape[0], *spec.output).transpose(1, 2, 3, 0)
+    if spec.groups == 1 and (spec.kernel == (1, 1) or _patch_bytes(x, spec) <= CACHE):
         return jnp.concatenate(_shifted(x, spec), axis=-1) @ w.reshape(-1, w.shape[3])
     return _lax_conv(x, w, spec)
 
@@ -148,19 +150,17 @@ def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
 
 
 def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
-    """The kernel gradient: matrix products over all output positions, of as many patches as are worth storing.
+    """The kernel gradient: products over all output positions, of as many patches at once as are worth storing.
 
     Grouped, it is the convolution of x by g, over the batch, where output positions are kernel positions and the
     reverse.
     """
     inputs = x.shape[3] // spec.groups
     if spec.groups == 1:
-        # Positions innermost, once: else each of the products would transpose its operand for itself.
-        columns = [c.reshape(inputs, -1) for c in _shifted(lax.optimization_barrier(x.transpose(3, 0, 1, 2)), spec, 2)]
-        small = len(columns) * columns[0].size * x.dtype.itemsize <= CACHE
-        count = len(columns) if small else spec.kernel[1]
-        patches = [jnp.concatenate(columns[i : i + count]) for i in range(0, len(columns), count)]
-        products = [p @ g.reshape(-1, g.shape[3]) for p in patches]  # [count I, O] each
+        patches = _patches(x, spec)
+        if _patch_bytes(x, spec) <= CACHE:
+            patches = [jnp.concatenate(patches)]
+        products = [p @ g.reshape(-1, g.shape[3]) for p in patches]
         return jnp.concatenate(products).reshape(*spec.kernel, inputs, -1)
     x = x.reshape(*x.shape[:3], spec.groups, inputs).transpose(4, 1, 2, 3, 0).reshape(inputs, *x.shape[1:3], -1)
     before = [spec.padding[i][0] for i in (0, 1)]
@@ -172,15 +172,32 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     return y.transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
 
 
-def _shifted(x: Array, spec: Spec, axis: int = 1) -> list[Array]:
-    """What each position of the kernel sees: K K arrays [B, h, w, I], or as x has its axes; axis is that of H."""
-    edges = [(0, 0, 0)] * x.ndim
-    edges[axis : axis + 2] = [(*pad, 0) for pad in spec.padding]
-    x = lax.pad(x, jnp.zeros((), x.dtype), edges)
+def _patches(x: Array, spec: Spec) -> list[Array]:
+    """What each row of the kernel sees: K arrays [K I, B h w]. With positions innermost nothing else is transposed."""
+    edges = [(0, 0, 0), (0, 0, 0), (*spec.padding[0], 0), (*spec.padding[1], 0)]
+    x = lax.pad(x.transpose(3, 0, 1, 2), jnp.zeros((), x.dtype), edges)
+    rows, columns = _positions(spec)
+    # The barrier keeps the compiler from gathering each patch from x itself: shifting by rows is cheaper from here.
+    x = lax.optimization_barrier(jnp.concatenate([x[:, :, :, c] for c in columns]))  # [K I, B, padded H, w]
+    return [x[:, :, r].reshape(x.shape[0], -1) for r in rows]
+
+
+def _patch_bytes(x: Array, spec: Spec) -> int:
+    return x.dtype.itemsize * x.shape[0] * math.prod(spec.output) * math.prod(spec.kernel) * x.shape[3]
+
+
+def _shifted(x: Array, spec: Spec) -> list[Array]:
+    """What each position of the kernel sees: K K arrays [B, h, w, I]."""
+    x = lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0), (*spec.padding[0], 0), (*spec.padding[1], 0), (0, 0, 0)])
+    rows, columns = _positions(spec)
+    return [x[:, r, c] for r in rows for c in columns]
+
+
+def _positions(spec: Spec) -> tuple[list[slice], list[slice]]:
+    """Which rows and columns of the padded input each row and column of the kernel sees."""
     (h, w), (s, t), (d, e) = spec.output, spec.strides, spec.dilation
     rows = [slice(k * d, k * d + (h - 1) * s + 1, s) for k in range(spec.kernel[0])]
-    columns = [slice(k * e, k * e + (w - 1) * t + 1, t) for k in range(spec.kernel[1])]
-    return [x[(slice(None),) * axis + (r, c)] for r in rows for c in columns]
+    return rows, [slice(k * e, k * e + (w - 1) * t + 1, t) for k in range(spec.kernel[1])]
 
 
 def _spread(g: Array, before: list[int], size: Pair, spec: Spec) -> Array:

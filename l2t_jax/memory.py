@@ -8,7 +8,7 @@
 |           | is not linear, its state and gradient)   |                                                |
 | linearize | what the linearised gradient reads       | the linear part of that product                |
 | nested    | as mixed, for about 2 sqrt(N) steps only | the gradient again, the product                |
-| auto      | chooses linearize where it keeps less than mixed, nested where mixed would not fit, else mixed    |
+| auto      | takes save where it keeps no more than mixed, nested where that would not fit, else mixed         |
 
 Legend: theta student parameters, phi loss parameters, N unroll length, u cotangent of the gradient.
 """
@@ -69,16 +69,18 @@ def _nested(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name
     """Keep the state at the start of each segment of about sqrt(N) steps, and what mixed keeps within one segment."""
     step = _mixed(inner, optimizer, axis_name)
 
-    def segment(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
-        return unroll(step, state, loss_params, batches)
-
     def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
         count, size = segments(_length(batches))
-        parts = jax.tree.map(lambda x: x[: count * size].reshape(count, size, *x.shape[1:]), batches)
-        again = jax.checkpoint(segment, prevent_cse=False)
-        state, losses = lax.scan(lambda carry, part: again(carry, loss_params, part), state, parts)
+
+        def segment(state: StudentState, begin: Array | int, length: int) -> tuple[StudentState, Array]:
+            # Sliced here, so that the batches of one segment are copied at a time and not those of all.
+            part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, begin, length), batches)
+            return unroll(step, state, loss_params, part)
+
+        again = jax.checkpoint(partial(segment, length=size), prevent_cse=False)
+        state, losses = lax.scan(again, state, size * jnp.arange(count))
         # The last segment is differentiated first, so nothing is gained by computing it again.
-        state, last = segment(state, loss_params, jax.tree.map(lambda x: x[count * size :], batches))
+        state, last = segment(state, count * size, _length(batches) - count * size)
         return state, jnp.concatenate([losses.reshape(-1), last])
 
     return run
@@ -97,20 +99,26 @@ def _auto(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name: 
         kept = kept_bytes(inner, optimizer, axis_name, state, loss_params, batches)
         available = device_bytes()
         mode = choose(kept, available)
-        line = f"memory mode auto takes {mode!r} for N = {_length(batches)}; predicted MiB to keep: " + ", ".join(
-            f"{name} {size / 2**20:.3g}" for name, size in kept.items()
-        )
+        sizes = ", ".join(f"{name} {_mib(size)}" for name, size in kept.items())
+        line = f"memory mode auto takes {mode} for N = {_length(batches)}; predicted MiB to keep: {sizes}"
         if line not in explained:
             explained.add(line)
-            logger.info("%s; the device has %.3g", line, available / 2**20)
+            logger.info("%s; the device has %s", line, _mib(available))
         return MEMORY_MODES[mode](inner, optimizer, axis_name)(state, loss_params, batches)
 
     return run
 
 
+def _mib(size: float) -> str:
+    return f"{size / 2**20:.3g}" if size < 1000 * 2**20 else f"{size / 2**20:.0f}"
+
+
 def choose(kept: dict[str, float], available: float) -> str:
-    """The mode "auto" takes, from the bytes each mode keeps over an unroll and those of the device."""
-    fastest = "linearize" if kept["linearize"] <= kept["mixed"] else "mixed"
+    """The mode "auto" takes, from the bytes each mode keeps over an unroll and those of the device.
+
+    Measured, save and mixed are the faster ones where they keep less; linearize keeps what save does, never faster.
+    """
+    fastest = "save" if kept["save"] <= kept["mixed"] else "mixed"
     return fastest if kept[fastest] <= FITS * available else "nested"
 
 
@@ -129,7 +137,8 @@ def kept_bytes(
       state, loss_params, batches (leaves [N, B, ...]): arrays, tracers or `jax.ShapeDtypeStruct`s.
     Returns:
       mode -> bytes. What the batches and the loss parameters occupy anyway is not counted, nor is the working memory of
-      a single step, except that of "remat", where it is the memory of the gradient that is computed again.
+      a single step, except that of "remat", where it is the memory of the gradient that is computed again. "nested"
+      copies the batches of two segments: of the last one, and of the one it computes again.
     """
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
     step = {
@@ -141,7 +150,8 @@ def kept_bytes(
     count, size = segments(length)
     kept = {name: length * size for name, size in step.items()}
     kept["remat"] += step["save"]
-    return kept | {"nested": count * carried + min(size, length) * step["mixed"]}
+    copied = sum(_bytes(leaf) for leaf in jax.tree.leaves(first))
+    return kept | {"nested": count * carried + size * (step["mixed"] + 2 * copied)}
 
 
 def _residual_bytes(step: Step, state: StudentState, loss_params: PyTree, batch: PyTree) -> float:

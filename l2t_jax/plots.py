@@ -1,10 +1,10 @@
-"""Pictures of a run: learning curves over seeds, and learned losses as surfaces. The only file that knows matplotlib.
+"""Pictures: learning curves over seeds, learned losses as surfaces, costs. The only file that knows matplotlib.
 
 Legend: R points of a curve, G grid points along one axis of a surface. All write `path` and return the Figure.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,7 @@ _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
 _MOST_POINTS = 2000  # a line has no more, since a picture has no more pixels
 
+Points = dict[str, list[tuple[float, float]]]  # name -> (x, y) of each point
 Curves = dict[str, tuple[Array | np.ndarray, Array | np.ndarray]]  # name -> x [R], y [seeds, R]
 
 
@@ -86,6 +87,59 @@ def loss_surfaces(path: str | Path, surfaces: Sequence[tuple[str, ArrayLike]], *
         axes = figure.add_axes((left, 0.04, (_CELL[0] - 0.6) / width, 0.78), projection="3d")
         _surface(axes, name, np.asarray(values, np.float64))
     figure.suptitle(title, y=0.98)
+    return _write(figure, path)
+
+
+def costs(
+    path: str | Path,
+    panels: dict[str, Points],
+    *,
+    dashed: Collection[str],
+    marks: tuple[str, Sequence[float], Sequence[float]],
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> Figure:
+    """Draw costs against a size, both logarithmic, one panel for each problem and one legend for all of them.
+
+    Args:
+        path: the picture, its format by the suffix.
+        panels: title -> name -> [(size, cost), ...]; a name looks the same in all panels.
+        dashed: names that are drawn dashed and come last in the legend.
+        marks: (label, sizes, costs), grey marks in every panel for something that was measured elsewhere.
+        xlabel, ylabel: quantities and units of size and cost.
+        title: above all panels.
+
+    Raises:
+        ValueError: where there is no panel.
+    """
+    if not panels:
+        raise ValueError("There is no cost to draw: give at least one panel.")
+    names = list(dict.fromkeys(name for lines in panels.values() for name in lines))
+    solid = [name for name in names if name not in dashed]
+    groups = (("-", "o", solid), ("--", "s", [name for name in names if name in dashed]))
+    columns = min(2, len(panels))
+    rows = math.ceil(len(panels) / columns)
+    figure = Figure(figsize=(3.8 * columns + 2.4, 3.2 * rows + 0.8), layout="constrained")
+    legend: dict[str, Any] = {}
+    for index, (name, lines) in enumerate(panels.items(), start=1):
+        axes = figure.add_subplot(rows, columns, index)
+        legend[marks[0]] = axes.plot(marks[1], marks[2], "x", color="0.6", markersize=5)[0]
+        for style, marker, group in groups:
+            for place, line in enumerate(group):
+                x, y = zip(*sorted(lines.get(line, [(math.nan, math.nan)])), strict=True)
+                colour = COLOURS[place % len(COLOURS)]
+                legend[line] = axes.plot(x, y, style, marker=marker, markersize=3, linewidth=1.3, color=colour)[0]
+        sizes = sorted({*marks[1], *(size for points in lines.values() for size, _ in points)})
+        axes.set(xscale="log", yscale="log", xlabel=xlabel, ylabel=ylabel)
+        axes.set_title(name, fontsize="medium")
+        axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize="small")
+        axes.minorticks_off()
+        axes.grid(True, alpha=0.25, linewidth=0.5)
+        axes.spines[["top", "right"]].set_visible(False)
+    order = [*solid, *groups[1][2], marks[0]]
+    figure.legend([legend[name] for name in order], order, loc="outside right upper", frameon=False, fontsize="small")
+    figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
     return _write(figure, path)
 
 

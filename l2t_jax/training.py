@@ -104,6 +104,7 @@ def compile_rounds(method: Method, task: Task, augment: bool) -> Callable[..., t
       so how rounds are divided into dispatches changes nothing.
     """
 
+    @jax.jit  # traced once, for its shapes and for the loop
     def one_round(state: MethodState, data: PyTree, dispatch: Dispatch, r: Array, key: Key) -> tuple[MethodState, Any]:
         k_train, k_validation = jax.random.split(jax.random.fold_in(key, dispatch.round[r]))
         batches = RoundBatches(
@@ -114,7 +115,7 @@ def compile_rounds(method: Method, task: Task, augment: bool) -> Callable[..., t
         return method.round(state, batches)
 
     def run(state: MethodState, data: PyTree, dispatch: Dispatch, key: Key) -> tuple[MethodState, PyTree, Array]:
-        _, shapes = jax.eval_shape(one_round, state, data, dispatch, jnp.int32(0), key)
+        _, shapes = one_round.eval_shape(state, data, dispatch, jnp.int32(0), key)
         rows = dispatch.round.shape[0]
         buffers = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), shapes)
 

@@ -1,25 +1,241 @@
-"""The benchmark runs, and its rows say what they are."""
+"""The benchmark runs, its rows say what they are, and a library that is absent, wrong or dying does not stop it."""
 
+import io
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from rich.console import Console
 
-from benchmarks import hypergradient_cost
+from benchmarks import hypergradient_cost, peers, worker
+from benchmarks.hypergradient_cost import FLAGS, difference, exponents, measure
+from benchmarks.workloads import WORKLOADS, images, problem
+
+ROOT = Path(__file__).parents[1]
+THETA = 4 * 397_510 / 2**20  # MiB of the MLP's parameters
+# Stands in for the Python of another library: its hypergradient is phi, its calls take 1, 2, ... seconds.
+FAKE = """#!{python}
+import json, sys
+import numpy as np
+options = dict(argument[2:].split("=", 1) for argument in sys.argv[3:])
+arrays = np.load(options["arrays"])
+np.savez(options["result"], **{{f"{{i}}/kernel": arrays[f"phi/{{i}}/kernel"] for i in range(5)}})
+print(json.dumps({{"compile_seconds": 0.5, "libraries": "fake 1"}}), flush=True)
+for number, _ in enumerate(sys.stdin):
+    if number == {calls}:
+        sys.exit("a warning\\nout of memory")
+    print(json.dumps({{"seconds": number + 1.0, "resident_mib": 9.0 - number}}), flush=True)
+"""
 
 
-def test_rows_of_a_measurement():
-    rows = hypergradient_cost.measure("w3", 2, ["save", "mixed"], repeats=3)
-    assert [row["program"] for row in rows] == ["plain steps", "save", "mixed"]
+@pytest.fixture(autouse=True)
+def restore_flags():
+    saved = flagsaver.save_flag_values(FLAGS)
+    yield
+    flagsaver.restore_flag_values(saved, FLAGS)
+
+
+@pytest.fixture
+def fake(tmp_path):
+    def write(calls):
+        path = tmp_path / f"python{calls}"
+        path.write_text(FAKE.format(python=sys.executable, calls=calls))
+        path.chmod(0o755)
+        return str(path)
+
+    return write
+
+
+def test_rows_of_a_measurement(fake):
+    rows = measure("w3", 2, ["save", "mixed"], 3, ["torch create_graph"], fake(3))
+    assert [row["program"] for row in rows] == ["plain steps", "save", "mixed", "torch create_graph"]
+    plain, save, mixed, torch = rows
     for row in rows:
         assert (row["parameters"], row["unroll_length"], len(row["seconds_all"])) == (397_510, 2, 3)
+        assert row.keys() == plain.keys() and row["seeds"] == 1 and row["auto_mode"] == "linearize"
         np.testing.assert_allclose(row["seconds"], np.median(row["seconds_all"]))
-        np.testing.assert_allclose(row["ratio_to_plain"], row["seconds"] / rows[0]["seconds"])
-    assert rows[2]["temporary_mib"] > 2 * 4 * 397_510 / 2**20  # at least theta for each of the two steps
+        np.testing.assert_allclose(row["ratio_to_plain"], row["seconds"] / plain["seconds"])
+        np.testing.assert_allclose(row["ratio_to_torch"], row["seconds"] / 2)
+    assert mixed["temporary_mib"] > 2 * THETA  # at least theta for each of the two steps
+    np.testing.assert_allclose(mixed["predicted_mib"], 2 * THETA)
+    assert plain["agreement"] is None and save["agreement"] == 0 < mixed["agreement"] < 1e-5
+    assert (torch["seconds_all"], torch["resident_mib"], torch["libraries"]) == ([1, 2, 3], 9, "fake 1")
+    assert torch["agreement"] > hypergradient_cost.TOLERANCE and torch["temporary_mib"] is None
+    output = io.StringIO()
+    Console(file=output, width=120).print(hypergradient_cost.table_of(rows))
+    lines = {line.split("│")[3].strip(): line for line in output.getvalue().splitlines() if line.startswith("│")}
+    assert "disagrees" in lines["torch create_graph"] and "disagrees" not in lines["mixed"]
 
 
-def test_bad_unroll_lengths_are_one_line(capsys):
-    for bad in ("0", "x", ""):
-        with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
-            hypergradient_cost.FLAGS(["hypergradient_cost", f"--unroll_lengths={bad}"])
-            hypergradient_cost.main([])
-        assert stop.value.code == 2 and "at least 1" in capsys.readouterr().err
+def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(fake, capfd):
+    for python, words in ((fake(1), "out of memory"), (fake(0), "out of memory"), ("false", "no last words")):
+        rows = measure("w3", 1, ["save"], 2, ["higher"], python)
+        assert [row["program"] for row in rows] == ["plain steps", "save"]
+        assert capfd.readouterr().err == f"warning: w3, N = 1: higher ended with 1: {words}\n"
+
+
+def test_the_budget_ends_a_measurement_after_three_repeats():
+    (row, _) = measure("w3", 1, ["save"], 5, seconds=0.0)
+    assert len(row["seconds_all"]) == 3
+
+
+def test_several_seeds_at_once():
+    one, two = problem("w3", 2), problem("w3", 2, seeds=2)
+    for a, b in zip(jax.tree.leaves(one[3:]), jax.tree.leaves(two[3:]), strict=True):
+        assert b.shape == (2, *a.shape)
+    row = measure("w3", 2, ["mixed"], 1, seeds=2)[1]
+    assert (row["seeds"], row["parameters"]) == (2, 397_510)
+    np.testing.assert_allclose(row["predicted_mib"], 2 * 2 * THETA)
+
+
+def test_record_and_plot(tmp_path, capsys, monkeypatch):
+    path = tmp_path / "new" / "record.json"
+    monkeypatch.setattr(worker, "lacking", lambda python: dict.fromkeys(worker.PROGRAMS))
+    arguments = ["--workload=w3", "--unroll_lengths=1,6", "--mode=mixed", "--repeats=1", "--peers=naive"]
+    hypergradient_cost.main(["hypergradient_cost", *arguments, f"--out={path}", "--plot"])
+    assert capsys.readouterr().err.count("\n") <= 1  # it may say that the machine is busy
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record.keys() == {"rows", "exponents", "command", "environment", "load_before"}
+    programs = [(row["unroll_length"], row["program"]) for row in record["rows"]]
+    longest = hypergradient_cost.NAIVE_LONGEST
+    assert (
+        programs == [(1, "plain steps"), (1, "mixed"), (1, "naive"), (6, "plain steps"), (6, "mixed")] and longest < 6
+    )
+    naive = record["rows"][2]
+    assert naive["agreement"] < 1e-5 and naive["temporary_mib"] > 0 and naive["libraries"] is None
+    for row in record["rows"]:
+        assert row["seconds"] > 0 and row["compile_seconds"] > 0 and row["first_seconds"] > 0
+        assert row["student"] == WORKLOADS["w3"].describe and row["workload"] == "w3"
+    picture = path.with_suffix(".png")
+    picture.unlink()
+    hypergradient_cost.main(["hypergradient_cost", f"--replot={path}"])
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--unroll_lengths=0", "at least 1"),
+        ("--unroll_lengths=x", "at least 1"),
+        ("--unroll_lengths=", "at least 1"),
+        ("--workload=w9", "w1|w2|w3|wide"),
+        ("--mode=x", "linearize"),
+        ("--repeats=0", "positive"),
+        ("--peers=torch", "torch is unknown; known are torch steps"),
+        ("--peers=higher", "pip install torch higher"),
+        ("--peer_python=/no/python", "is no program"),
+        ("--replot=/no/record.json", "/no/record.json"),
+        ("--out=/proc/no/record.json", "--out"),
+        ("w3", "flags look like"),
+    ],
+)
+def test_bad_flags_are_one_line(flag, message, capsys, monkeypatch):
+    monkeypatch.setattr(peers.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(worker, "lacking", lambda python: {name: worker.missing(name) for name in worker.PROGRAMS})
+    with pytest.raises(SystemExit) as stop:
+        hypergradient_cost.main(["hypergradient_cost", flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_peers_to_compare_with(monkeypatch):
+    lacks = {name: None if name in ("higher", "naive") else "pip install it" for name in worker.PROGRAMS}
+    monkeypatch.setattr(worker, "lacking", lambda python: lacks)
+
+    def chosen(*arguments):
+        FLAGS(["hypergradient_cost", *arguments])
+        return hypergradient_cost._peers("python")
+
+    assert chosen() == ["higher", "naive"]
+    assert chosen("--peers=naive") == ["naive"]
+    assert chosen("--peers=") == []
+    FLAGS["peers"].unparse()
+    assert chosen("--seeds=2") == []
+
+
+def test_worker_says_what_programs_lack():
+    found = worker.lacking(sys.executable)
+    assert found == {name: worker.missing(name) for name in worker.PROGRAMS} and found["naive"] is None
+    with pytest.raises(worker.WorkerError, match="false does not run"):
+        worker.lacking("false")
+
+
+def test_worker_needs_no_jax():
+    code = "import sys, benchmarks.worker; print([m for m in ('jax', 'l2t_jax', 'torch', 'absl') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    assert done.stdout.strip() == "[]"
+
+
+def test_worker_answers_each_line(monkeypatch):
+    calls, trims, out = [], [], io.StringIO()
+    timed = worker.timed
+    monkeypatch.setattr(worker, "timed", lambda call, trim: trims.append(trim) or timed(call, trim))
+    worker.serve(lambda: calls.append(time.sleep(0.02)), {"compile_seconds": 1.5}, io.StringIO("trim\n\n\n"), out)
+    ready, *answers = map(json.loads, out.getvalue().splitlines())
+    assert ready == {"compile_seconds": 1.5} and len(answers) == len(calls) == 3 and trims == [True, False, False]
+    assert all(0.02 <= answer["seconds"] < 1 for answer in answers)
+
+
+def test_resident_set_that_a_call_adds():
+    if not worker._reset_peak():
+        pytest.skip("this system does not let a process reset its peak")
+    found = [worker.timed(lambda size=size: np.ones(size * 2**17), trim=True)["resident_mib"] for size in (200, 0, 100)]
+    np.testing.assert_allclose(found, [200, 0, 100], atol=20)
+
+
+@pytest.mark.parametrize("name", ["w1", "w2"])
+def test_naive_layers_are_laxs_own(name):
+    workload = WORKLOADS[name]
+    student, inputs = workload.student(), images(workload, 4).inputs
+    variables = student.init(jax.random.key(0), inputs)
+
+    def apply(x):
+        return student.apply(variables, x, True)[0]
+
+    with worker.plain_layers():
+        plain, outputs = str(jax.make_jaxpr(apply)(inputs)), jax.jit(lambda x: apply(x))(inputs)
+    assert "conv_general_dilated" in plain and "conv2d" not in plain and ("reduce_window" in plain) == (name == "w2")
+    assert "conv2d" in str(jax.make_jaxpr(lambda x: apply(x))(inputs))
+    np.testing.assert_allclose(outputs, jax.jit(lambda x: apply(x))(inputs), atol=1e-4)
+
+
+def test_fitted_exponents():
+    def rows(program, lengths, temporary, resident):
+        return [
+            {
+                "workload": "w1",
+                "program": program,
+                "unroll_length": n,
+                "seconds": 0.3 * n**1.5,
+                "temporary_mib": temporary and 10 + temporary * n,
+                "resident_mib": resident and 10 + resident * n,
+            }
+            for n in lengths
+        ]
+
+    made_up = rows("mixed", (1, 5, 25), 2.5, 7) + rows("higher", (1, 5, 25), None, 3) + rows("naive", (1, 5), 1, 1)
+    mixed, higher, unknown = exponents(made_up + rows("betty", (2, 3, 4), None, None))
+    assert [fit["program"] for fit in (mixed, higher, unknown)] == ["mixed", "higher", "betty"]  # naive has two lengths
+    np.testing.assert_allclose([fit["exponent"] for fit in (mixed, higher, unknown)], 1.5)
+    np.testing.assert_allclose([mixed["mib_a_step"], higher["mib_a_step"]], [2.5, 3])
+    assert unknown["mib_a_step"] is None and (mixed["memory"], higher["memory"]) == ("temporary_mib", "resident_mib")
+
+
+def test_difference_is_relative_and_over_all_leaves():
+    ours = {"0/kernel": np.array([3.0, 0.0]), "1/kernel": np.array([4.0])}
+    theirs = {"1/kernel": np.array([4.5]), "0/kernel": np.array([3.0, 0.0])}
+    np.testing.assert_allclose(difference(theirs, ours), 0.1)
+    assert np.isnan(difference({**theirs, "1/kernel": np.array([np.nan])}, ours))
+
+
+def test_torch_agrees():
+    pytest.importorskip("torch")
+    rows = measure("w3", 2, ["save"], 1, ["torch steps", "torch create_graph"])
+    assert [row["program"] for row in rows[2:]] == ["torch steps", "torch create_graph"]
+    assert all(row["agreement"] < 1e-4 and row["libraries"].startswith("torch ") for row in rows[2:])

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 
-from l2t_jax.plots import default_window, learning_curves, loss_surfaces, norms, running_median
+from l2t_jax.plots import costs, default_window, learning_curves, loss_surfaces, norms, running_median
 
 
 def curve(points: int, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -104,3 +104,29 @@ def test_loss_surfaces_have_the_right_class_on_the_first_axis(tmp_path: Path, mo
     x, y, z = (values.ravel() for values in drawn[0])
     assert (x[z.argmin()], y[z.argmin()]) == (1, 0)  # it is lowest where only the right class is predicted
     assert (x[z.argmax()], y[z.argmax()]) == (0, 1)
+
+
+def test_costs_have_a_panel_each_and_one_legend(tmp_path: Path) -> None:
+    path = tmp_path / "costs.png"
+    panels = {
+        "small": {"higher": [(25, 9.0), (1, 0.5)], "mixed": [(1, 0.2), (25, 4.0)]},
+        "large": {"mixed": [(1, 2.0)], "save": [(1, 1.0)]},
+    }
+    marks = ("paper", [1, 75], [1.0, 76.7])
+    labels = {"xlabel": "N", "ylabel": "seconds", "title": "Cost"}
+    figure = costs(path, panels, dashed=["higher"], marks=marks, **labels)
+    assert imread(path).shape[:2] == (600, 1500)
+    assert [axes.get_title() for axes in figure.axes] == ["small", "large"]
+    small, large = (axes.lines for axes in figure.axes)
+    assert figure.axes[0].get_xscale() == figure.axes[0].get_yscale() == "log"
+    (legend,) = figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == ["mixed", "save", "higher", "paper"]  # the dashed after
+    for lines in (small, large):
+        np.testing.assert_allclose(lines[0].get_xydata(), [[1, 1], [75, 76.7]])
+        assert lines[0].get_linestyle() == "None" and lines[0].get_color() == "0.6"
+    drawn = {line.get_linestyle(): line for line in small[1:] if np.isfinite(line.get_ydata()).all()}
+    np.testing.assert_allclose(drawn["-"].get_xydata(), [[1, 0.2], [25, 4]])
+    np.testing.assert_allclose(drawn["--"].get_xydata(), [[1, 0.5], [25, 9]])  # in order of size
+    assert small[1].get_color() == large[1].get_color() != large[2].get_color()
+    with pytest.raises(ValueError, match="no cost"):
+        costs(path, {}, dashed=[], marks=marks, **labels)

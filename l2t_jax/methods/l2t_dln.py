@@ -29,7 +29,7 @@ def l2t_dln(
     second_stage: str = "continue",
     reset_memory: str = "never",
     learn: bool = True,
-    memory: str = "mixed",
+    memory: str = "auto",
     axis_name: str | None = None,
 ) -> Method:
     """Build L2T-DLN.
