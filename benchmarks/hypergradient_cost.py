@@ -97,7 +97,9 @@ def define_flags() -> None:
         flag_values=FLAGS,
     )
     flags.DEFINE_bool("plot", False, "Draw seconds against N, beside the record (.png).", flag_values=FLAGS)
-    flags.DEFINE_string("replot", None, "Only draw what this record (JSON) says.", flag_values=FLAGS)
+    flags.DEFINE_list(
+        "replot", [], "Only draw what these records (JSON, comma separated) say, beside the first.", flag_values=FLAGS
+    )
     flags.DEFINE_bool("help", False, "Say all this.", flag_values=FLAGS)
 
 
@@ -108,7 +110,7 @@ def main(argv: list[str]) -> None:
     """Measure, print tables, write the record; bad input is one line and exit code 2."""
     lengths, python = _parse(argv)
     if FLAGS.replot:
-        return _replot(Path(FLAGS.replot))
+        return _replot([Path(record) for record in FLAGS.replot])
     chosen = _peers(python)
     default = Path(__file__).parent / "results" / f"hypergradient_cost_{jax.default_backend()}.json"
     path = Path(FLAGS.out or default)
@@ -382,9 +384,11 @@ def plot(rows: list[dict[str, Any]], path: Path) -> Path:
     return path
 
 
-def _replot(path: Path) -> None:
-    with _or_fail(f"--replot={path} is no record of this benchmark", OSError, ValueError, KeyError, TypeError):
-        print(f"Plot: {plot(json.loads(path.read_text())['rows'], path.with_suffix('.png'))}")
+def _replot(paths: list[Path]) -> None:
+    listed = ",".join(map(str, paths))
+    with _or_fail(f"--replot={listed}: not only records of this benchmark", OSError, ValueError, KeyError, TypeError):
+        rows = [row for path in paths for row in json.loads(path.read_text())["rows"]]
+        print(f"Plot: {plot(rows, paths[0].with_suffix('.png'))}")
 
 
 def _parse(argv: list[str]) -> tuple[list[int], str]:

@@ -180,8 +180,9 @@ def _resume(run: Run) -> tuple[MethodState, int, float]:
         run.forget(0)
         if 0 in run.snapshot_rounds:
             run.snapshot(0, run.state)
-        # A copy: the first dispatch takes the state's buffers, and a failure must find the initial state intact.
-        return jax.tree.map(jnp.copy, run.state), 0, 0.0
+        # A copy: the first dispatch takes the state's buffers, and a failure must find the initial state intact. Its
+        # dtypes are said: those of `jnp.array(1.0)` are weak, a round's results are not, and that would compile anew.
+        return jax.tree.map(lambda x: jnp.array(x, x.dtype), run.state), 0, 0.0
     run.forget(restored.step)
     return restored.state, restored.step, restored.info["wall_time_s"]
 

@@ -13,8 +13,8 @@ import pytest
 from absl.testing import flagsaver
 from rich.console import Console
 
-from benchmarks import hypergradient_cost, peers, worker
-from benchmarks.hypergradient_cost import FLAGS, difference, exponents, measure
+from benchmarks import hypergradient_cost, operations, peers, worker
+from benchmarks.hypergradient_cost import FLAGS, MODES, difference, exponents, measure, plot
 from benchmarks.workloads import WORKLOADS, images, problem
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +58,7 @@ def test_rows_of_a_measurement(fake):
     plain, save, mixed, torch = rows
     for row in rows:
         assert (row["parameters"], row["unroll_length"], len(row["seconds_all"])) == (397_510, 2, 3)
-        assert row.keys() == plain.keys() and row["seeds"] == 1 and row["auto_mode"] == "linearize"
+        assert row.keys() == plain.keys() and row["seeds"] == 1 and row["auto_mode"] in MODES
         np.testing.assert_allclose(row["seconds"], np.median(row["seconds_all"]))
         np.testing.assert_allclose(row["ratio_to_plain"], row["seconds"] / plain["seconds"])
         np.testing.assert_allclose(row["ratio_to_torch"], row["seconds"] / 2)
@@ -69,8 +69,11 @@ def test_rows_of_a_measurement(fake):
     assert torch["agreement"] > hypergradient_cost.TOLERANCE and torch["temporary_mib"] is None
     output = io.StringIO()
     Console(file=output, width=120).print(hypergradient_cost.table_of(rows))
-    lines = {line.split("│")[3].strip(): line for line in output.getvalue().splitlines() if line.startswith("│")}
+    lines = {line.split("│")[3].strip(" *"): line for line in output.getvalue().splitlines() if line.startswith("│")}
     assert "disagrees" in lines["torch create_graph"] and "disagrees" not in lines["mixed"]
+    assert [name for name, line in lines.items() if f"{name}*" in line] == [
+        row["program"] for row in rows if row["program"] == row["auto_mode"]
+    ]
 
 
 def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(fake, capfd):
@@ -114,8 +117,10 @@ def test_record_and_plot(tmp_path, capsys, monkeypatch):
         assert row["student"] == WORKLOADS["w3"].describe and row["workload"] == "w3"
     picture = path.with_suffix(".png")
     picture.unlink()
-    hypergradient_cost.main(["hypergradient_cost", f"--replot={path}"])
-    assert picture.read_bytes().startswith(b"\x89PNG")
+    drawn = []
+    monkeypatch.setattr(hypergradient_cost, "plot", lambda rows, path: drawn.append(rows) or plot(rows, path))
+    hypergradient_cost.main(["hypergradient_cost", f"--replot={path},{path}"])
+    assert picture.read_bytes().startswith(b"\x89PNG") and drawn == [record["rows"] * 2]
 
 
 @pytest.mark.parametrize(
@@ -239,3 +244,19 @@ def test_torch_agrees():
     rows = measure("w3", 2, ["save"], 1, ["torch steps", "torch create_graph"])
     assert [row["program"] for row in rows[2:]] == ["torch steps", "torch create_graph"]
     assert all(row["agreement"] < 1e-4 and row["libraries"].startswith("torch ") for row in rows[2:])
+
+
+def test_operations_finds_the_convolutions_of_a_step():
+    """LeNet: both layers forward and their kernels, and no input gradient of the images."""
+    _, found = operations.step_of("w2", repeats=1)
+    rows = [operations.measure(*key[:3], count, repeats=1) for key, count in found.items()]
+    flops = {(row["what"], row["input"]): row["flops"] for row in rows}
+    first, second = 2 * 25 * 28 * 28 * 5 * 5 * 6, 2 * 25 * 10 * 10 * 5 * 5 * 6 * 16
+    assert flops == {
+        ("forward", "32x32x1"): first,
+        ("forward", "14x14x6"): second,
+        ("input gradient", "14x14x6"): second,
+        ("kernel gradient", "32x32x1"): first,
+        ("kernel gradient", "14x14x6"): second,
+    }
+    assert all(row["count"] == 1 for row in rows)

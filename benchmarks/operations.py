@@ -1,0 +1,169 @@
+"""Where the time of a convolutional student step goes: each convolution against what the machine's matrix product does.
+
+  python -m benchmarks.operations
+  python -m benchmarks.operations --workload=wide --repeats=3
+
+Each of the three convolutions of each layer (forward, input gradient, kernel gradient) is timed in the body of a scan,
+as in an unroll. The floor is the same number of floating-point operations at the rate of a large square matrix product,
+the best this machine's library does. What a step takes beyond its convolutions is BatchNorm, rectifiers, the loss and
+the update.
+"""
+
+import dataclasses
+import shlex
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags, logging
+from jax import lax
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.workloads import BATCH, WORKLOADS, problem
+from l2t_jax.convolution import Spec, conv_input_p, conv_kernel_p, conv_p
+from l2t_jax.records import environment, write_json
+from l2t_jax.unroll import plain_gradient, student_step, unroll
+
+INSIDE = 10  # calls within one dispatch, whose own cost is thereby divided
+SQUARE = 1024  # side of the matrix product that sets the floor
+PRIMITIVES = {conv_p: "forward", conv_input_p: "input gradient", conv_kernel_p: "kernel gradient"}
+CONVOLUTIONAL = [name for name in WORKLOADS if len(WORKLOADS[name].shape) == 3 and name != "w3"]
+
+FLAGS = flags.FlagValues()
+flags.DEFINE_enum("workload", "w1", CONVOLUTIONAL, "Whose student.", flag_values=FLAGS)
+flags.DEFINE_integer("repeats", 5, "Timed dispatches of each; the median counts.", lower_bound=1, flag_values=FLAGS)
+flags.DEFINE_string(
+    "out", None, "File of the record. Default: benchmarks/results/operations_WORKLOAD_BACKEND.json.", flag_values=FLAGS
+)
+
+
+def main(argv: list[str]) -> None:
+    """Measure, print the table, write the record."""
+    try:
+        FLAGS(argv)
+    except flags.Error as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    floor = square_rate(FLAGS.repeats)
+    step, found = step_of(FLAGS.workload, FLAGS.repeats)
+    rows = [measure(key[0], key[1], key[2], count, FLAGS.repeats) for key, count in found.items()]
+    total = sum(row["seconds"] * row["count"] for row in rows)
+    flops = sum(row["flops"] * row["count"] for row in rows)
+    summary = {
+        "square_gflops": floor / 1e9,
+        "step_seconds": step,
+        "convolution_seconds": total,
+        "convolution_floor_seconds": flops / floor,
+    }
+    console = Console()
+    console.print(table_of(rows, floor))
+    console.print(
+        f"A step takes {1e3 * step:.1f} ms; its convolutions alone {1e3 * total:.1f} ms, "
+        f"{1e3 * flops / floor:.1f} ms at the {floor / 1e9:.0f} Gflop/s of a {SQUARE} x {SQUARE} matrix product.",
+        soft_wrap=True,
+    )
+    default = Path(__file__).parent / "results" / f"operations_{FLAGS.workload}_{jax.default_backend()}.json"
+    path = Path(FLAGS.out or default)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = shlex.join(["python", *sys.orig_argv[1:]])
+    write_json(path, {"rows": rows, **summary, "command": command, "environment": environment()})
+    console.print(f"Record: {path}", soft_wrap=True)
+
+
+def step_of(workload: str, repeats: int) -> tuple[float, dict[tuple[Any, ...], int]]:
+    """Seconds of one student step, and how often each convolution (primitive, operand shapes, spec) is in it."""
+    p = problem(workload, INSIDE)
+    step = student_step(plain_gradient(p.inner), p.optimizer)
+    arguments = (p.state, p.phi, p.batches)
+    seconds = _median(jax.jit(lambda *a: unroll(step, *a)), arguments, repeats) / INSIDE
+    one = jax.tree.map(lambda x: x[0], p.batches)
+    found: dict[tuple[Any, ...], int] = {}
+    _collect(jax.make_jaxpr(step)(p.state, p.phi, one).jaxpr, found)
+    return seconds, found
+
+
+def _collect(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
+    for equation in jaxpr.eqns:
+        if equation.primitive in PRIMITIVES:
+            shapes = tuple(v.aval.shape for v in equation.invars)
+            key = (equation.primitive, shapes, equation.params["spec"])
+            found[key] = found.get(key, 0) + 1
+        for inner in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "jaxpr") or hasattr(x, "eqns")):
+            if hasattr(inner, "jaxpr") or hasattr(inner, "eqns"):
+                _collect(getattr(inner, "jaxpr", inner), found)
+
+
+def measure(primitive: Any, shapes: tuple[Any, ...], spec: Spec, count: int, repeats: int) -> dict[str, Any]:
+    """One row: a convolution of a layer, in the body of a scan."""
+    random = np.random.default_rng(0)
+    operands = tuple(jnp.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in shapes)
+    result = jax.eval_shape(lambda *a: primitive.bind(*a, spec=spec), *operands).shape
+    inputs, outputs = _channels(primitive, shapes, result)
+    positions = BATCH * spec.output[0] * spec.output[1]
+    return {
+        "what": PRIMITIVES[primitive],
+        "input": f"{spec.input[0]}x{spec.input[1]}x{inputs}",
+        "kernel": f"{spec.kernel[0]}x{spec.kernel[1]}, {outputs} out, stride {spec.strides[0]}",
+        "count": count,
+        "flops": 2 * positions * spec.kernel[0] * spec.kernel[1] * inputs * outputs // spec.groups,
+        "seconds": _median(_loop(lambda *a: primitive.bind(*a, spec=spec)), operands, repeats) / INSIDE,
+        "spec": dataclasses.asdict(spec),
+    }
+
+
+def _channels(primitive: Any, shapes: tuple[Any, ...], result: tuple[int, ...]) -> tuple[int, int]:
+    if primitive is conv_p:
+        return shapes[0][3], result[3]
+    if primitive is conv_input_p:
+        return result[3], shapes[0][3]
+    return shapes[0][3], shapes[1][3]
+
+
+def _loop(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Many calls in a scan, each depending on all of the one before, so that none is hoisted, merged or cut short."""
+
+    def body(operands: tuple[Any, ...], _: None) -> tuple[tuple[Any, ...], None]:
+        result = lax.optimization_barrier(function(*operands))
+        touch = 1e-30 * result.ravel()[0]
+        return tuple(x.at[(0,) * x.ndim].add(touch) for x in operands), None
+
+    return jax.jit(lambda *operands: lax.scan(body, operands, None, length=INSIDE)[0])
+
+
+def square_rate(repeats: int) -> float:
+    """Floating-point operations a second of a large square matrix product."""
+    a = jnp.asarray(np.random.default_rng(0).standard_normal((SQUARE, SQUARE), dtype=np.float32))
+    return 2 * SQUARE**3 * INSIDE / _median(_loop(lambda a, b: a @ b), (a, a.T), repeats)
+
+
+def _median(function: Callable[..., Any], arguments: tuple[Any, ...], repeats: int) -> float:
+    jax.block_until_ready(function(*arguments))
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        jax.block_until_ready(function(*arguments))
+        times.append(time.perf_counter() - begin)
+    return float(np.median(times))
+
+
+def table_of(rows: list[dict[str, Any]], floor: float) -> Table:
+    """The rows for the eye, dearest first."""
+    table = Table(title="Convolutions of one student step")
+    for column in ("convolution", "input", "kernel", "times", "ms each", "Gflop/s", "of the floor's rate"):
+        table.add_column(column, justify="left" if column in ("convolution", "input", "kernel") else "right")
+    for row in sorted(rows, key=lambda row: -row["seconds"] * row["count"]):
+        rate = row["flops"] / row["seconds"]
+        numbers = [str(row["count"]), f"{1e3 * row['seconds']:.2f}", f"{rate / 1e9:.0f}", f"{100 * rate / floor:.0f} %"]
+        table.add_row(row["what"], row["input"], row["kernel"], *numbers)
+    return table
+
+
+if __name__ == "__main__":
+    logging.set_verbosity(logging.ERROR)
+    main(sys.argv)
