@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -220,8 +220,9 @@ def _temporary_mib(name: str, label: str, program: Any) -> float | None:
 def table_of(rows: list[dict[str, Any]]) -> Table:
     """The rows for the eye."""
     table = Table(title="Cost of a round of L2T-DLN")
-    for column in ("workload", "N", "program", "seconds", "x 2N plain steps", "temp MiB", "compile s"):
-        table.add_column(column, justify="left" if column in ("workload", "program") else "right")
+    for column in ("workload", "N", "program", "seconds", "x 2N plain", "temp MiB", "compile s"):
+        justify: Literal["left", "right"] = "left" if column in ("workload", "program") else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     for row in rows:
         table.add_row(
             row["workload"],
