@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks import worker
+from benchmarks.command import fail, parse
 from benchmarks.workloads import WORKLOADS, Problem, problem
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.memory import MEMORY_MODES, choose, device_bytes, kept_bytes
@@ -40,7 +41,7 @@ from l2t_jax.unroll import plain_gradient, student_step, unroll
 MODES = [mode for mode in MEMORY_MODES if mode != "auto"]
 PLAIN, FIRST, TORCH = "plain steps", "torch steps", "torch create_graph"
 TOLERANCE = 1e-2  # relative; float32 through many steps differs by less, another derivative by more
-NAIVE_LONGEST = 5  # N; it is about 20 times slower than the rest on CPUs
+NAIVE_LONGEST = 5  # N; on CPUs convolutions in the body of a loop are too slow for more
 ENOUGH = 3  # repeats after which --seconds may end a measurement
 QUIET = 0.5  # the load of a machine whose times can be trusted
 FULL = 0.8  # of the device's memory; a program that would take more is left out
@@ -100,7 +101,6 @@ def define_flags() -> None:
     flags.DEFINE_list(
         "replot", [], "Only draw what these records (JSON, comma separated) say, beside the first.", flag_values=FLAGS
     )
-    flags.DEFINE_bool("help", False, "Say all this.", flag_values=FLAGS)
 
 
 define_flags()
@@ -393,15 +393,7 @@ def _replot(paths: list[Path]) -> None:
 
 def _parse(argv: list[str]) -> tuple[list[int], str]:
     """Parse the command line; the unroll lengths, and the absolute path of --peer_python."""
-    try:
-        rest = FLAGS(argv)[1:]
-    except flags.Error as error:
-        fail(str(error))
-    if FLAGS.help:
-        print(f"{__doc__}\n{FLAGS.main_module_help()}")
-        sys.exit(0)
-    if rest:
-        fail(f"{rest[0]!r} is not a flag: flags look like --workload=w3.")
+    parse(FLAGS, __doc__, argv)
     try:
         lengths = [int(length) for length in FLAGS.unroll_lengths]
     except ValueError:
@@ -441,12 +433,6 @@ def _or_fail(what: str, *errors: type[Exception]) -> Iterator[None]:
         yield
     except errors as error:
         fail(f"{what}: {error}")
-
-
-def fail(message: str) -> NoReturn:
-    """Say in one line what is wrong and exit."""
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
-    sys.exit(2)
 
 
 def _complain(message: str) -> None:

@@ -25,6 +25,7 @@ from jax import lax
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.command import parse
 from benchmarks.workloads import BATCH, WORKLOADS, problem
 from l2t_jax.convolution import Spec, conv_input_p, conv_kernel_p, conv_p
 from l2t_jax.records import environment, write_json
@@ -45,11 +46,7 @@ flags.DEFINE_string(
 
 def main(argv: list[str]) -> None:
     """Measure, print the table, write the record."""
-    try:
-        FLAGS(argv)
-    except flags.Error as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    parse(FLAGS, __doc__, argv)
     floor = square_rate(FLAGS.repeats)
     step, found = step_of(FLAGS.workload, FLAGS.repeats)
     rows = [measure(key[0], key[1], key[2], count, FLAGS.repeats) for key, count in found.items()]

@@ -23,7 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.hypergradient_cost import fail
+from benchmarks.command import fail, parse
 from benchmarks.workloads import BATCH, VALIDATION, WORKLOADS, Workload, problem
 from l2t_jax.data import Dataset, round_indices
 from l2t_jax.hypergradient import hypergradient
@@ -60,7 +60,6 @@ def define_flags() -> None:
     flags.DEFINE_string(
         "out", None, "File of the record (JSON). Default: benchmarks/results/round_BACKEND.json.", flag_values=FLAGS
     )
-    flags.DEFINE_bool("help", False, "Say all this.", flag_values=FLAGS)
 
 
 define_flags()
@@ -68,15 +67,7 @@ define_flags()
 
 def main(argv: list[str]) -> None:
     """Measure, print a table, write the record; bad input is one line and exit code 2."""
-    try:
-        rest = FLAGS(argv)[1:]
-    except flags.Error as error:
-        fail(str(error))
-    if FLAGS.help:
-        print(f"{__doc__}\n{FLAGS.main_module_help()}")
-        return
-    if rest:
-        fail(f"{rest[0]!r} is not a flag: flags look like --workload=w3.")
+    parse(FLAGS, __doc__, argv)
     path = Path(FLAGS.out or Path(__file__).parent / "results" / f"round_{jax.default_backend()}.json")
     console, rows = Console(), []
     here = {"command": shlex.join(["python", *sys.orig_argv[1:]]), "environment": environment()}

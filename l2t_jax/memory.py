@@ -116,7 +116,7 @@ def _mib(size: float) -> str:
 def choose(kept: dict[str, float], available: float) -> str:
     """The mode "auto" takes, from the bytes each mode keeps over an unroll and those of the device.
 
-    Measured, save and mixed are the faster ones where they keep less; linearize keeps what save does, never faster.
+    The faster of save and mixed is, measured, the one that keeps less; linearize keeps what save does.
     """
     fastest = "save" if kept["save"] <= kept["mixed"] else "mixed"
     return fastest if kept[fastest] <= FITS * available else "nested"
