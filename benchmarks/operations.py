@@ -4,7 +4,8 @@
   python -m benchmarks.operations --workload=wide --repeats=3
 
 Each of the three convolutions of each layer (forward, input gradient, kernel gradient) is timed in the body of a scan,
-as in an unroll. The floor is the same number of floating-point operations at the rate of a large square matrix product,
+as in an unroll, and counted in one plain student step and in one step of a hypergradient (memory mode "mixed", forward
+and backward). The floor is the same number of floating-point operations at the rate of a large square matrix product,
 the best this machine's library does. What a step takes beyond its convolutions is BatchNorm, rectifiers, the loss and
 the update.
 """
@@ -22,15 +23,20 @@ import jax.numpy as jnp
 import numpy as np
 from absl import flags, logging
 from jax import lax
+from jax.interpreters.partial_eval import dce_jaxpr
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import parse
-from benchmarks.workloads import BATCH, WORKLOADS, problem
-from l2t_jax.convolution import Spec, conv_input_p, conv_kernel_p, conv_p
+from benchmarks.workloads import BATCH, WORKLOADS, Problem, problem
+from l2t_jax.convolution import conv_input_p, conv_kernel_p, conv_p
+from l2t_jax.hypergradient import hypergradient
+from l2t_jax.memory import mixed_gradient
 from l2t_jax.records import environment, write_json
+from l2t_jax.types import PyTree, StudentState
 from l2t_jax.unroll import plain_gradient, student_step, unroll
 
+Found = dict[tuple[Any, ...], int]
 INSIDE = 10  # calls within one dispatch, whose own cost is thereby divided
 SQUARE = 1024  # side of the matrix product that sets the floor
 PRIMITIVES = {conv_p: "forward", conv_input_p: "input gradient", conv_kernel_p: "kernel gradient"}
@@ -48,44 +54,74 @@ def main(argv: list[str]) -> None:
     """Measure, print the table, write the record."""
     parse(FLAGS, __doc__, argv)
     floor = square_rate(FLAGS.repeats)
-    step, found = step_of(FLAGS.workload, FLAGS.repeats)
-    rows = [measure(key[0], key[1], key[2], count, FLAGS.repeats) for key, count in found.items()]
-    total = sum(row["seconds"] * row["count"] for row in rows)
-    flops = sum(row["flops"] * row["count"] for row in rows)
-    summary = {
-        "square_gflops": floor / 1e9,
-        "step_seconds": step,
-        "convolution_seconds": total,
-        "convolution_floor_seconds": flops / floor,
+    task = problem(FLAGS.workload, INSIDE)
+    plain, both = convolutions(task)
+    rows = []
+    for key, count in both.items():
+        row = measure(key, FLAGS.repeats)
+        rows.append({**row, "in_step": plain.get(key, 0), "in_hypergradient": count})
+    steps = {
+        name: {"seconds": seconds, **sums(rows, f"in_{name}", floor)}
+        for name, seconds in step_seconds(task, FLAGS.repeats).items()
     }
     console = Console()
     console.print(table_of(rows, floor))
-    console.print(
-        f"A step takes {1e3 * step:.1f} ms; its convolutions alone {1e3 * total:.1f} ms, "
-        f"{1e3 * flops / floor:.1f} ms at the {floor / 1e9:.0f} Gflop/s of a {SQUARE} x {SQUARE} matrix product.",
-        soft_wrap=True,
-    )
+    for name, what in (("step", "A student step"), ("hypergradient", "A step of a hypergradient")):
+        mine = steps[name]
+        console.print(
+            f"{what} takes {1e3 * mine['seconds']:.1f} ms; its convolutions alone "
+            f"{1e3 * mine['convolution_seconds']:.1f} ms, {1e3 * mine['convolution_floor_seconds']:.1f} ms at the "
+            f"{floor / 1e9:.0f} Gflop/s of a {SQUARE} x {SQUARE} matrix product.",
+            soft_wrap=True,
+        )
     default = Path(__file__).parent / "results" / f"operations_{FLAGS.workload}_{jax.default_backend()}.json"
     path = Path(FLAGS.out or default)
     path.parent.mkdir(parents=True, exist_ok=True)
     command = shlex.join(["python", *sys.orig_argv[1:]])
-    write_json(path, {"rows": rows, **summary, "command": command, "environment": environment()})
+    write_json(
+        path, {"rows": rows, "square_gflops": floor / 1e9, **steps, "command": command, "environment": environment()}
+    )
     console.print(f"Record: {path}", soft_wrap=True)
 
 
-def step_of(workload: str, repeats: int) -> tuple[float, dict[tuple[Any, ...], int]]:
-    """Seconds of one student step, and how often each convolution (primitive, operand shapes, spec) is in it."""
-    p = problem(workload, INSIDE)
-    step = student_step(plain_gradient(p.inner), p.optimizer)
-    arguments = (p.state, p.phi, p.batches)
-    seconds = _median(jax.jit(lambda *a: unroll(step, *a)), arguments, repeats) / INSIDE
-    one = jax.tree.map(lambda x: x[0], p.batches)
-    found: dict[tuple[Any, ...], int] = {}
-    _collect(jax.make_jaxpr(step)(p.state, p.phi, one).jaxpr, found)
-    return seconds, found
+def step_seconds(task: Problem, repeats: int) -> dict[str, float]:
+    """Seconds of a student step and of one step of a hypergradient, without the gradient of the validation error."""
+    step = student_step(plain_gradient(task.inner), task.optimizer)
+    compute = hypergradient(task.inner, task.outer, task.optimizer, memory="mixed")
+    outer = jax.grad(lambda params, *a: task.outer(params, *a)[0])
+    state = task.state
+    plain = _median(jax.jit(lambda *a: unroll(step, *a)), (state, task.phi, task.batches), repeats)
+    whole = _median(jax.jit(compute), (task.phi, state, task.batches, task.validation), repeats)
+    validation = _median(jax.jit(outer), (state.params, state.batch_stats, task.validation), repeats)
+    return {"step": plain / INSIDE, "hypergradient": (whole - validation) / INSIDE}
 
 
-def _collect(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
+def convolutions(task: Problem) -> tuple[Found, Found]:
+    """How often each convolution (primitive, operand shapes, spec) a student step and one of a hypergradient have."""
+    one = jax.tree.map(lambda x: x[0], task.batches)
+    plain, mixed = (student_step(gradient(task.inner), task.optimizer) for gradient in (plain_gradient, mixed_gradient))
+
+    def both(state: StudentState, phi: PyTree, batch: PyTree) -> PyTree:
+        (after, loss), pull = jax.vjp(lambda state, phi: mixed(state, phi, batch), state, phi)
+        return after, pull((after, loss))  # any cotangent of the right shapes
+
+    counted: tuple[Found, Found] = ({}, {})
+    for function, found in zip((plain, both), counted, strict=True):
+        traced = jax.make_jaxpr(function)(task.state, task.phi, one).jaxpr
+        used, _ = dce_jaxpr(traced, [True] * len(traced.outvars))  # as the compiler drops what nothing reads
+        _collect(used, found)
+    return counted
+
+
+def sums(rows: list[dict[str, Any]], count: str, floor: float) -> dict[str, float]:
+    """What the convolutions of a step take together, as measured and at the rate of the floor."""
+    return {
+        "convolution_seconds": sum(row["seconds"] * row[count] for row in rows),
+        "convolution_floor_seconds": sum(row["flops"] * row[count] for row in rows) / floor,
+    }
+
+
+def _collect(jaxpr: Any, found: Found) -> None:
     for equation in jaxpr.eqns:
         if equation.primitive in PRIMITIVES:
             shapes = tuple(v.aval.shape for v in equation.invars)
@@ -96,8 +132,9 @@ def _collect(jaxpr: Any, found: dict[tuple[Any, ...], int]) -> None:
                 _collect(getattr(inner, "jaxpr", inner), found)
 
 
-def measure(primitive: Any, shapes: tuple[Any, ...], spec: Spec, count: int, repeats: int) -> dict[str, Any]:
-    """One row: a convolution of a layer, in the body of a scan."""
+def measure(key: tuple[Any, ...], repeats: int) -> dict[str, Any]:
+    """One row: a convolution of a layer (primitive, operand shapes, spec), in the body of a scan."""
+    primitive, shapes, spec = key
     random = np.random.default_rng(0)
     operands = tuple(jnp.asarray(random.standard_normal(shape, dtype=np.float32)) for shape in shapes)
     result = jax.eval_shape(lambda *a: primitive.bind(*a, spec=spec), *operands).shape
@@ -106,8 +143,8 @@ def measure(primitive: Any, shapes: tuple[Any, ...], spec: Spec, count: int, rep
     return {
         "what": PRIMITIVES[primitive],
         "input": f"{spec.input[0]}x{spec.input[1]}x{inputs}",
-        "kernel": f"{spec.kernel[0]}x{spec.kernel[1]}, {outputs} out, stride {spec.strides[0]}",
-        "count": count,
+        "kernel": f"{spec.kernel[0]}x{spec.kernel[1]}x{outputs}"
+        + (f" / {spec.strides[0]}" if spec.strides[0] > 1 else ""),
         "flops": 2 * positions * spec.kernel[0] * spec.kernel[1] * inputs * outputs // spec.groups,
         "seconds": _median(_loop(lambda *a: primitive.bind(*a, spec=spec)), operands, repeats) / INSIDE,
         "spec": dataclasses.asdict(spec),
@@ -151,13 +188,18 @@ def _median(function: Callable[..., Any], arguments: tuple[Any, ...], repeats: i
 
 def table_of(rows: list[dict[str, Any]], floor: float) -> Table:
     """The rows for the eye, dearest first."""
-    table = Table(title="Convolutions of one student step")
-    for column in ("convolution", "input", "kernel", "times", "ms each", "Gflop/s", "of the floor's rate"):
-        table.add_column(column, justify="left" if column in ("convolution", "input", "kernel") else "right")
-    for row in sorted(rows, key=lambda row: -row["seconds"] * row["count"]):
+    table = Table(
+        title="Convolutions of a student step and of a step of a hypergradient", caption="ms each; % of the floor"
+    )
+    for column in ("convolution", "of"):
+        table.add_column(column, no_wrap=True)
+    for column in ("step", "hyper", "ms", "Gflop/s", "%"):
+        table.add_column(column, justify="right")
+    for row in sorted(rows, key=lambda row: -row["seconds"] * row["in_hypergradient"]):
         rate = row["flops"] / row["seconds"]
-        numbers = [str(row["count"]), f"{1e3 * row['seconds']:.2f}", f"{rate / 1e9:.0f}", f"{100 * rate / floor:.0f} %"]
-        table.add_row(row["what"], row["input"], row["kernel"], *numbers)
+        counts = [str(row["in_step"]), str(row["in_hypergradient"])]
+        numbers = [f"{1e3 * row['seconds']:.2f}", f"{rate / 1e9:.0f}", f"{100 * rate / floor:.0f}"]
+        table.add_row(row["what"], f"{row['input']} by {row['kernel']}", *counts, *numbers)
     return table
 
 

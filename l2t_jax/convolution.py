@@ -26,7 +26,7 @@ from jax.interpreters import ad, batching, mlir
 from l2t_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
-FEW_CHANNELS = 4  # input channels; up to here patches with positions innermost are fastest on CPU
+FEW_CHANNELS = 12  # input channels; up to here products of windows and bands are fastest on CPU
 CACHE = 4 * 2**20  # bytes; patches that fit are faster there in one matrix product
 Pair = tuple[int, int]
 
@@ -128,9 +128,8 @@ def _pair(value: int | Pair, name: str) -> Pair:
 
 
 def _conv(x: Array, w: Array, spec: Spec) -> Array:
-    if spec.groups == 1 and x.shape[3] <= FEW_CHANNELS:
-        y = w.reshape(-1, w.shape[3]).T @ jnp.concatenate(_patches(x, spec))  # [O, B h w]
-        return y.reshape(-1, x.shape[0], *spec.output).transpose(1, 2, 3, 0)
+    if _is_banded(spec, x.shape[3]):
+        return _banded(x, w, spec)
     if spec.groups == 1 and (spec.kernel == (1, 1) or _patch_bytes(x, spec) <= CACHE):
         return jnp.concatenate(_shifted(x, spec), axis=-1) @ w.reshape(-1, w.shape[3])
     return _lax_conv(x, w, spec)
@@ -141,6 +140,8 @@ def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
     if spec.groups == 1 and spec.kernel == (1, 1):
         g = g @ w[0, 0].T  # before it is spread
         return _spread(g, [spec.padding[i][0] for i in (0, 1)], spec.input, spec)
+    if _is_banded(spec, w.shape[2]):
+        return _transposed(_banded, 0, g, w, spec)
     before = [spec.padding[i][0] - spec.reach[i] + 1 for i in (0, 1)]
     g = _spread(g, before, (spec.input[0] + spec.reach[0] - 1, spec.input[1] + spec.reach[1] - 1), spec)
     k = w.reshape(*spec.kernel, w.shape[2], spec.groups, -1)  # [K, K, I / G, G, O / G]
@@ -156,6 +157,8 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     reverse.
     """
     inputs = x.shape[3] // spec.groups
+    if _is_banded(spec, inputs):
+        return _transposed(_banded, 1, g, x, spec)
     if spec.groups == 1:
         patches = _patches(x, spec)
         if _patch_bytes(x, spec) <= CACHE:
@@ -170,6 +173,33 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     swapped = Spec(spec.input, spec.output, spec.dilation, padding, spec.strides, spec.groups)
     y = _lax_conv(x, g.transpose(1, 2, 0, 3), swapped)  # [I / G, ..., G B] by [h, w, B, O]
     return y.transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
+
+
+def _is_banded(spec: Spec, inputs: int) -> bool:
+    return spec.groups == 1 and spec.kernel[1] > 1 and inputs <= FEW_CHANNELS
+
+
+def _banded(x: Array, w: Array, spec: Spec) -> Array:
+    """Convolve t neighbouring outputs of a row at once, from the window of u columns that they see together.
+
+    The matrix of such a block is a band, in which the kernel stands t times, each a stride further down. The product is
+    wider than one of patches, which few channels make thin, and a window lies in memory as it is needed, for some
+    products by zero. A window needs no more than two blocks of t strides: u <= 2 t stride.
+    """
+    t = max(1, spec.reach[1] - 1)
+    n = -(-spec.output[1] // t)  # blocks in a row
+    u, block = (t - 1) * spec.strides[1] + spec.reach[1], t * spec.strides[1]
+    zero = jnp.zeros((), x.dtype)
+    left = spec.padding[1][0]
+    edges = [(0, 0, 0), (*spec.padding[0], 0), (left, (n + 1) * block - spec.input[1] - left, 0), (0, 0, 0)]
+    blocks = lax.pad(x, zero, edges).reshape(x.shape[0], -1, n + 1, block * x.shape[3])
+    windows = jnp.concatenate([blocks[:, :, :-1], blocks[:, :, 1:]], axis=-1)[..., : u * x.shape[3]]
+    windows = jnp.concatenate([windows[:, rows] for rows in _positions(spec)[0]], axis=-1)  # [B, h, n, K u I]
+    starts = [i * spec.strides[1] for i in range(t)]
+    below = [[(0, 0, 0), (i, u - i - spec.reach[1], spec.dilation[1] - 1), (0, 0, 0), (0, 0, 0)] for i in starts]
+    band = jnp.stack([lax.pad(w, zero, b) for b in below], axis=3).reshape(-1, t * w.shape[3])  # [K u I, t O]
+    y = windows.reshape(-1, windows.shape[-1]) @ band
+    return y.reshape(x.shape[0], spec.output[0], n * t, w.shape[3])[:, :, : spec.output[1]]
 
 
 def _patches(x: Array, spec: Spec) -> list[Array]:
@@ -223,13 +253,22 @@ def _lax_conv(x: Array, w: Array, spec: Spec) -> Array:
 
 
 def _lax_conv_input(g: Array, w: Array, spec: Spec) -> Array:
-    shape = (g.shape[0], *spec.input, w.shape[2] * spec.groups)
-    return jax.linear_transpose(lambda x: _lax_conv(x, w, spec), jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
+    return _transposed(_lax_conv, 0, g, w, spec)
 
 
 def _lax_conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
-    shape = (*spec.kernel, x.shape[3] // spec.groups, g.shape[3])
-    return jax.linear_transpose(lambda w: _lax_conv(x, w, spec), jax.ShapeDtypeStruct(shape, x.dtype))(g)[0]
+    return _transposed(_lax_conv, 1, g, x, spec)
+
+
+def _transposed(convolve: Callable[..., Array], operand: int, g: Array, other: Array, spec: Spec) -> Array:
+    """The transpose of a convolution with respect to its input (operand 0) or its kernel (1), at g."""
+    if operand == 0:
+        shape = (g.shape[0], *spec.input, other.shape[2] * spec.groups)
+        linear = lambda x: convolve(x, other, spec)  # noqa: E731
+    else:
+        shape = (*spec.kernel, other.shape[3] // spec.groups, g.shape[3])
+        linear = lambda w: convolve(other, w, spec)  # noqa: E731
+    return jax.linear_transpose(linear, jax.ShapeDtypeStruct(shape, g.dtype))(g)[0]
 
 
 # The primitives

@@ -247,9 +247,14 @@ def test_torch_agrees():
 
 
 def test_operations_finds_the_convolutions_of_a_step():
-    """LeNet: both layers forward and their kernels, and no input gradient of the images."""
-    _, found = operations.step_of("w2", repeats=1)
-    rows = [operations.measure(*key[:3], count, repeats=1) for key, count in found.items()]
+    """LeNet: both layers forward and their kernels, and no input gradient of the images.
+
+    A step of a hypergradient is a gradient and then the tangent of one, which has each forward convolution again and
+    two for the tangents of its operands, and two for those of each gradient; the images have no tangent, and nothing
+    reads the input gradient below the second layer itself.
+    """
+    plain, both = operations.convolutions(problem("w2", 1))
+    rows = [operations.measure(key, repeats=1) for key in plain]
     flops = {(row["what"], row["input"]): row["flops"] for row in rows}
     first, second = 2 * 25 * 28 * 28 * 5 * 5 * 6, 2 * 25 * 10 * 10 * 5 * 5 * 6 * 16
     assert flops == {
@@ -259,4 +264,15 @@ def test_operations_finds_the_convolutions_of_a_step():
         ("kernel gradient", "32x32x1"): first,
         ("kernel gradient", "14x14x6"): second,
     }
-    assert all(row["count"] == 1 for row in rows)
+    assert set(plain.values()) == {1}
+    assert list(both) == list(plain)
+    counts = dict(zip(flops, both.values(), strict=True))
+    assert counts == {
+        ("forward", "32x32x1"): 3,
+        ("forward", "14x14x6"): 4,
+        ("input gradient", "14x14x6"): 3,
+        ("kernel gradient", "32x32x1"): 2,
+        ("kernel gradient", "14x14x6"): 3,
+    }
+    sums = operations.sums([{"seconds": 2.0, "flops": 10, "in_step": 3}], "in_step", floor=5.0)
+    assert sums == {"convolution_seconds": 6.0, "convolution_floor_seconds": 6.0}
