@@ -27,27 +27,22 @@ import jax
 import numpy as np
 from absl import flags, logging
 from rich.console import Console
-from rich.table import Table
 
 from benchmarks import worker
 from benchmarks.command import fail, parse
+from benchmarks.cost_report import exponents, plot, table_of, table_of_exponents
 from benchmarks.workloads import WORKLOADS, Problem, problem
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.memory import MEMORY_MODES, choose, device_bytes, kept_bytes
-from l2t_jax.plots import costs
 from l2t_jax.records import environment, load_arrays, save_arrays, write_json
 from l2t_jax.unroll import plain_gradient, student_step, unroll
 
 MODES = [mode for mode in MEMORY_MODES if mode != "auto"]
 PLAIN, FIRST, TORCH = "plain steps", "torch steps", "torch create_graph"
-TOLERANCE = 1e-2  # relative; float32 through many steps differs by less, another derivative by more
 NAIVE_LONGEST = 5  # N; on CPUs convolutions in the body of a loop are too slow for more
 ENOUGH = 3  # repeats after which --seconds may end a measurement
 QUIET = 0.5  # the load of a machine whose times can be trusted
 FULL = 0.8  # of the device's memory; a program that would take more is left out
-# L2T-DLN (NeurIPS 2023), Table 5: N -> seconds of one ROUND (two unrolls and the teacher), wide ResNet-8, its GPU.
-PAPER_TABLE_5 = {1: 1.0, 5: 3.0, 10: 5.8, 15: 7.9, 25: 13.4, 50: 32.0, 75: 76.7}
-PAPER_LABEL = "paper, Table 5: a whole ROUND\n(two unrolls) of its wide\nResNet-8 on its GPU"
 
 FLAGS = flags.FlagValues()  # not absl's global ones, which the other scripts' flags of the same names would clash with
 
@@ -216,7 +211,7 @@ def _ours(where: str, task: Problem, modes: list[str], seeds: int) -> dict[str, 
         PLAIN: (lambda *a: unroll(step, *a)[0].params, (task.state, task.phi, task.batches))
     }
     for mode in modes:
-        compute = hypergradient(task.inner, task.outer, task.optimizer, memory=mode)
+        compute = hypergradient(task.inner, task.outer, task.optimizer, memory=mode, at_once=seeds)
         functions[mode] = (lambda *a, f=compute: f(*a).gradient), (task.phi, task.state, task.batches, task.validation)
     programs: dict[str, Program] = {}
     for label, (function, arguments) in functions.items():
@@ -286,7 +281,7 @@ def _predicted(task: Problem, seeds: int) -> tuple[dict[str, float], str]:
         return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[seeds > 1 :], x.dtype), tree)
 
     kept = kept_bytes(task.inner, task.optimizer, None, one(task.state), one(task.phi), one(task.batches))
-    return {mode: seeds * size for mode, size in kept.items()}, choose(kept, device_bytes())
+    return {mode: seeds * size for mode, size in kept.items()}, choose(kept, device_bytes() / seeds)
 
 
 def difference(theirs: worker.Arrays, ours: worker.Arrays) -> float:
@@ -300,88 +295,6 @@ def difference(theirs: worker.Arrays, ours: worker.Arrays) -> float:
 
 def _largest(values: Iterator[float | None]) -> float | None:
     return max((value for value in values if value is not None), default=None)
-
-
-def exponents(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Fit seconds ~ N^exponent and MiB ~ N * mib_a_step by least squares, where there are three lengths or more.
-
-    The memory is the compiler's figure where there is one, else that of the resident set.
-    """
-    fitted = []
-    for workload, program in dict.fromkeys((row["workload"], row["program"]) for row in rows):
-        mine = [row for row in rows if (row["workload"], row["program"]) == (workload, program)]
-        lengths = [row["unroll_length"] for row in mine]
-        if len(set(lengths)) < 3:
-            continue
-        column = "temporary_mib" if mine[0]["temporary_mib"] is not None else "resident_mib"
-        memory = [row[column] for row in mine]
-        fitted.append(
-            {
-                "workload": workload,
-                "program": program,
-                "unroll_lengths": lengths,
-                "exponent": _slope(np.log(lengths), np.log([row["seconds"] for row in mine])),
-                "mib_a_step": None if None in memory else _slope(lengths, memory),
-                "memory": column,
-            }
-        )
-    return fitted
-
-
-def _slope(x: Any, y: Any) -> float:
-    return float(np.polyfit(x, y, 1)[0])
-
-
-def table_of(rows: list[dict[str, Any]]) -> Table:
-    """The rows for the eye."""
-    table = Table(title="Cost of a hypergradient", caption="* the mode that auto takes")
-    for column in ("workload", "N", "program"):
-        table.add_column(column, justify="right" if column == "N" else "left")
-    for column in ("seconds", "x plain", "x torch", "temp MiB", "RSS MiB", "compile s", "differs"):
-        table.add_column(column, justify="right")
-    for row in rows:
-        agreement = row["agreement"]
-        differs = "" if agreement is None else f"{agreement:.0e}"
-        table.add_row(
-            row["workload"],
-            str(row["unroll_length"]),
-            row["program"] + ("*" if row["program"] == row["auto_mode"] else ""),
-            f"{row['seconds']:.3f}",
-            f"{row['ratio_to_plain']:.2f}",
-            _cell(row["ratio_to_torch"], 2),
-            _cell(row["temporary_mib"], 1),
-            _cell(row["resident_mib"], 1),
-            _cell(row["compile_seconds"], 1),
-            # `not <=`, so that it is said of NaN too
-            f"[bold red]disagrees: {differs}[/]" if agreement is not None and not agreement <= TOLERANCE else differs,
-        )
-    return table
-
-
-def table_of_exponents(fitted: list[dict[str, Any]]) -> Table:
-    """The fits for the eye."""
-    table = Table(title="Growth with N")
-    for column in ("workload", "program", "seconds ~ N^", "MiB a step"):
-        table.add_column(column, justify="left" if column in ("workload", "program") else "right")
-    for fit in fitted:
-        table.add_row(fit["workload"], fit["program"], f"{fit['exponent']:.2f}", _cell(fit["mib_a_step"], 2))
-    return table
-
-
-def _cell(value: float | None, digits: int) -> str:
-    return "" if value is None else f"{value:.{digits}f}"
-
-
-def plot(rows: list[dict[str, Any]], path: Path) -> Path:
-    """Draw seconds against N, ours solid, the peers dashed, beside the paper's times for a round."""
-    panels: dict[str, dict[str, Any]] = {}
-    for row in rows:
-        panel = panels.setdefault(f"{row['workload']}: {row['student']}", {})
-        panel.setdefault(row["program"], []).append((row["unroll_length"], row["seconds"]))
-    paper = (PAPER_LABEL, list(PAPER_TABLE_5), list(PAPER_TABLE_5.values()))
-    title = "Cost of a hypergradient"
-    costs(path, panels, dashed=list(worker.PROGRAMS), marks=paper, xlabel="N, steps", ylabel="seconds", title=title)
-    return path
 
 
 def _replot(paths: list[Path]) -> None:

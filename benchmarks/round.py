@@ -18,26 +18,22 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
 from benchmarks.command import fail, parse
-from benchmarks.workloads import BATCH, VALIDATION, WORKLOADS, Workload, problem
-from l2t_jax.data import Dataset, round_indices
+from benchmarks.workloads import WORKLOADS, problem, teaching
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses import LOSSES
 from l2t_jax.memory import MEMORY_MODES, device_bytes
-from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
+from l2t_jax.methods.l2t_dln import STAGES
+from l2t_jax.parallel import Dispatch
 from l2t_jax.records import environment, write_json
-from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import MOST_ROUNDS, Dispatch, Schedule, compile_rounds
-from l2t_jax.types import Key, MethodState, PyTree, Teacher
+from l2t_jax.training import MOST_ROUNDS, some_rounds
+from l2t_jax.types import MethodState, PyTree, Teacher
 from l2t_jax.unroll import plain_gradient, student_step, unroll
 
-EXAMPLES = 10_000
 ROUND, HYPERGRADIENT, PLAIN, TEACHER, DATA = "round", "hypergradient", "plain steps", "teacher", "data"
 
 FLAGS = flags.FlagValues()  # not absl's global ones, which the other scripts' flags of the same names would clash with
@@ -96,8 +92,8 @@ def measure(
     """One row for the round and one for each of its parts, timed in turn so that drift hits all alike."""
     workload, part, teacher = WORKLOADS[name], problem(name, length, seeds), TEACHERS["lstm"](1e-3)
     step = student_step(plain_gradient(part.inner), part.optimizer)
-    compute = hypergradient(part.inner, part.outer, part.optimizer, memory=memory)
-    execute, state, arguments, gather = _rounds(workload, teacher, length, second_stage, rounds, seeds, memory)
+    compute = hypergradient(part.inner, part.outer, part.optimizer, memory=memory, at_once=seeds)
+    execute, state, arguments, gather = _rounds(name, teacher, length, second_stage, rounds, seeds, memory)
     functions: dict[str, tuple[Callable[..., Any], tuple[Any, ...]]] = {
         ROUND: (execute, (state, *arguments)),
         HYPERGRADIENT: (compute, (part.phi, part.state, part.batches, part.validation)),
@@ -146,41 +142,20 @@ def measure(
 
 
 def _rounds(
-    workload: Workload, teacher: Teacher, length: int, second_stage: str, rounds: int, seeds: int, memory: str
-) -> tuple[Callable[..., Any], MethodState, tuple[PyTree, Dispatch, Key], Callable[..., Any]]:
+    workload: str, teacher: Teacher, length: int, second_stage: str, rounds: int, seeds: int, memory: str
+) -> tuple[Callable[..., Any], MethodState, tuple[PyTree, Dispatch], Callable[..., Any]]:
     """Rounds of L2T-DLN in one dispatch, their first argument, the others, and what reads a round's data from these."""
-    random, channels = np.random.default_rng(0), workload.shape[-1]
-    images = random.integers(0, 256, (EXAMPLES, *workload.shape), np.uint8)
-    labels = random.integers(0, 10, EXAMPLES, np.int32)
-    half = (127.5,) * channels
-    task = image_classification(Dataset("random", images, labels, images, labels, 10, half, half, channels == 3))
-    method = l2t_dln(
-        workload.student(),
-        task,
-        LOSSES["dln"](),
-        teacher,
-        optax.sgd(0.1),
-        optax.adam(1e-3),
-        second_stage=second_stage,
-        memory=memory,
-    )
-    schedule = Schedule(rounds, length, BATCH, VALIDATION, 0.5, EXAMPLES, STAGES[second_stage])
+    t = teaching(workload, length, rounds, teacher=teacher, second_stage=second_stage, memory=memory, at_once=seeds)
 
-    def of_seed(seed: int) -> Dispatch:
-        orders = [round_indices(seed, r, **schedule.sizes) for r in range(rounds)]
-        train, validation = (np.stack([order[i] for order in orders]) for i in (0, 1))
-        return Dispatch(train, validation, np.arange(rounds, dtype=np.int32), np.zeros(rounds, bool), np.int32(rounds))
+    def gather(data: PyTree, dispatch: Dispatch) -> list[PyTree]:
+        key = jax.random.wrap_key_data(dispatch.key)
+        each = [indices[0] for indices in (dispatch.train, dispatch.validation)]
+        return [t.task.gather(data, indices, jax.random.split(key, indices.shape)) for indices in each]
 
-    def gather(data: PyTree, dispatch: Dispatch, key: Key) -> list[PyTree]:
-        return [task.gather(data, indices[0], key) for indices in (dispatch.train, dispatch.validation)]
-
-    keys, example = jax.random.split(jax.random.key(0), seeds), jnp.zeros((BATCH, *workload.shape))
-    data = jax.device_put({"images": images, "labels": labels})
-    dispatch = jax.device_put(jax.tree.map(lambda *x: np.stack(x), *map(of_seed, range(seeds))))
-    state = jax.vmap(lambda key: method.init(key, example))(keys)
-    if seeds == 1:
-        state, dispatch, keys = jax.tree.map(lambda x: x[0], (state, dispatch, keys))
-    return compile_rounds(method, task, channels == 3), state, (data, dispatch, keys), gather
+    several = [jax.tree.map(lambda *x: np.stack(x), *map(of, range(seeds))) for of in (t.state, t.dispatch)]
+    state, dispatch = jax.tree.map(lambda x: jnp.asarray(x if seeds > 1 else x[0]), several)
+    execute = some_rounds(t.method, t.task, t.augment)
+    return execute, state, (jax.device_put(t.data), dispatch), gather
 
 
 def _teach(teacher: Teacher) -> Callable[..., Any]:

@@ -1,39 +1,46 @@
 """What the benchmarks run: four students, the images they see, and the hypergradient's arguments made of them."""
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
+from l2t_jax.data import Dataset
 from l2t_jax.losses import LOSSES
+from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
+from l2t_jax.order import round_indices
+from l2t_jax.parallel import Dispatch
 from l2t_jax.students import STUDENTS
-from l2t_jax.types import Batch, PyTree, Student, StudentState, Task
+from l2t_jax.tasks.image_classification import image_classification
+from l2t_jax.teachers import TEACHERS
+from l2t_jax.training import Schedule
+from l2t_jax.types import Batch, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
 from l2t_jax.unroll import InnerLoss, OuterError, init_state, inner_objective, outer_objective
 
-BATCH, VALIDATION = 25, 100
+BATCH, VALIDATION, EXAMPLES = 25, 100, 10_000
 TASK = Task(optax.softmax_cross_entropy_with_integer_labels, lambda outputs, targets: {}, lambda data, *_: data)
 
 
 class Workload(NamedTuple):
     """A student and the images it sees; random pixels, since no figure depends on what they show."""
 
-    student: Callable[[], Student]
+    student: Callable[[str | None], Student]  # of the mapped axis over which batches are divided, if any
     shape: tuple[int, int, int]
     describe: str
 
 
-def _wide() -> Student:
-    return STUDENTS["resnet8"](num_classes=10, width=64, shortcut="b", head_grid=2)
+def _resnet8(**options: Any) -> Callable[[str | None], Student]:
+    return lambda axis_name: STUDENTS["resnet8"](num_classes=10, shortcut="b", axis_name=axis_name, **options)
 
 
 WORKLOADS = {
-    "w1": Workload(lambda: STUDENTS["resnet8"](num_classes=10, shortcut="b"), (32, 32, 3), "ResNet-8 16-32-64"),
-    "w2": Workload(lambda: STUDENTS["lenet"](num_classes=10), (28, 28, 1), "LeNet-5"),
-    "w3": Workload(lambda: STUDENTS["mlp"](num_classes=10), (28, 28, 1), "MLP 784-500-10"),
-    "wide": Workload(_wide, (32, 32, 3), "ResNet-8 64-128-256 (released)"),
+    "w1": Workload(_resnet8(), (32, 32, 3), "ResNet-8 16-32-64"),
+    "w2": Workload(lambda _: STUDENTS["lenet"](num_classes=10), (28, 28, 1), "LeNet-5"),
+    "w3": Workload(lambda _: STUDENTS["mlp"](num_classes=10), (28, 28, 1), "MLP 784-500-10"),
+    "wide": Workload(_resnet8(width=64, head_grid=2), (32, 32, 3), "ResNet-8 64-128-256 (released)"),
 }
 
 
@@ -55,7 +62,7 @@ class Problem(NamedTuple):
 def problem(name: str, length: int, seeds: int = 1) -> Problem:
     """A workload, its loss the released DLN; the same arrays in every process."""
     workload, loss, optimizer = WORKLOADS[name], LOSSES["dln"](), optax.sgd(0.1)
-    student, lead = workload.student(), () if seeds == 1 else (seeds,)
+    student, lead = workload.student(None), () if seeds == 1 else (seeds,)
     batches = images(workload, *lead, length, BATCH)
     validation = images(workload, *lead, VALIDATION, seed=1)
     example = jnp.zeros((BATCH, *workload.shape))
@@ -68,6 +75,65 @@ def problem(name: str, length: int, seeds: int = 1) -> Problem:
     phi, state = start(keys[0]) if seeds == 1 else jax.vmap(start)(keys)
     inner, outer = inner_objective(student, loss), outer_objective(student, TASK)
     return Problem(inner, outer, optimizer, phi, state, batches, validation)
+
+
+class Teaching(NamedTuple):
+    """L2T-DLN on a workload, as in training: uint8 images of 10 000 examples, cropped and flipped where coloured."""
+
+    method: Method
+    task: Task
+    data: dict[str, np.ndarray]
+    schedule: Schedule
+    augment: bool
+
+    def dispatch(self, seed: int) -> Dispatch:
+        """The input of all rounds of a seed."""
+        rounds = np.arange(self.schedule.rounds, dtype=np.int32)
+        orders = [round_indices(seed, int(r), **self.schedule.sizes) for r in rounds]
+        train, validation = (np.stack([order[i] for order in orders]) for i in (0, 1))
+        key = np.asarray(jax.random.key_data(jax.random.key(seed)))
+        return Dispatch(train, validation, rounds, np.zeros(len(rounds), bool), np.int32(len(rounds)), key)
+
+    def state(self, seed: int) -> MethodState:
+        """The beginning."""
+        shape = self.data["images"].shape[1:]
+        return self.method.init(jax.random.key(seed), jnp.zeros((2, *shape)))
+
+
+def teaching(
+    name: str,
+    length: int,
+    rounds: int,
+    *,
+    teacher: Teacher | None = None,
+    second_stage: str = "continue",
+    memory: str = "auto",
+    axis_name: str | None = None,
+    at_once: int = 1,
+    batch: int = BATCH,
+    validation: int = VALIDATION,
+) -> Teaching:
+    """Rounds of L2T-DLN on a workload; the same arrays in every process."""
+    workload, random = WORKLOADS[name], np.random.default_rng(0)
+    channels = workload.shape[-1]
+    images = random.integers(0, 256, (EXAMPLES, *workload.shape), np.uint8)
+    labels = random.integers(0, 10, EXAMPLES, np.int32)
+    half, augment = (127.5,) * channels, channels == 3
+    task = image_classification(Dataset("random", images, labels, images, labels, 10, half, half, augment))
+    method = l2t_dln(
+        workload.student(axis_name),
+        task,
+        LOSSES["dln"](),
+        teacher or TEACHERS["lstm"](1e-3),
+        optax.sgd(0.1),
+        optax.adam(1e-3),
+        second_stage=second_stage,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+    )
+    schedule = Schedule(rounds, length, batch, validation, 0.5, EXAMPLES, STAGES[second_stage])
+    return Teaching(method, task, {"images": images, "labels": labels}, schedule, augment)
 
 
 def images(workload: Workload, *lead: int, seed: int = 0) -> Batch:

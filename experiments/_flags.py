@@ -13,6 +13,7 @@ from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
 from l2t_jax.losses import fixed_losses
 from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.parallel import SHARDS
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 
@@ -102,6 +103,29 @@ flags.DEFINE_string(
     "and says which it takes.",
 )
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
+flags.DEFINE_integer(
+    "seeds_at_once",
+    None,
+    "Seeds that a device computes at once (vmap). Default: 1 on a CPU, where that is faster, all on an accelerator.",
+    lower_bound=1,
+)
+flags.DEFINE_integer("devices", 1, "Devices, of all processes together. On a CPU they are simulated.", lower_bound=1)
+flags.DEFINE_string(
+    "shard",
+    "batch",
+    f"{_choices(SHARDS)}. What is divided over the devices: every batch, with the same results up to rounding, or the "
+    "seeds, with the same results.",
+)
+flags.DEFINE_string(
+    "coordinator",
+    None,
+    "HOST:PORT of process 0 of a run of several processes, all with the same flags; auto asks the cluster (Slurm, Open "
+    "MPI, Kubernetes, Cloud TPU).",
+)
+flags.DEFINE_integer(
+    "num_processes", None, "How many processes --coordinator=HOST:PORT brings together.", lower_bound=1
+)
+flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on; 0 writes the files.", lower_bound=0)
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
 flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")
 flags.DEFINE_float(
@@ -140,6 +164,12 @@ class Options:
     resume: bool
     checkpoint_seconds: float
     tensorboard: bool
+    seeds_at_once: int | None
+    devices: int
+    shard: str
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
 
 
 def resolve(experiment: str) -> tuple[Config, Options]:
@@ -179,6 +209,12 @@ def resolve(experiment: str) -> tuple[Config, Options]:
         resume=FLAGS.resume,
         checkpoint_seconds=FLAGS.checkpoint_seconds,
         tensorboard=FLAGS.tensorboard,
+        seeds_at_once=FLAGS.seeds_at_once,
+        devices=FLAGS.devices,
+        shard=_known("shard", FLAGS.shard, SHARDS),
+        coordinator=FLAGS.coordinator,
+        num_processes=FLAGS.num_processes,
+        process_id=FLAGS.process_id,
     )
     return config, options
 

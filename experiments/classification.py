@@ -11,6 +11,7 @@ Writes config.json, metrics.jsonl (a line a round), summary.json, plots/ and che
 """
 
 import dataclasses
+import shlex
 import sys
 from typing import Any
 
@@ -20,18 +21,19 @@ from absl import app, flags, logging
 
 from experiments import _flags
 from experiments._flags import Config, UsageError, fail
-from experiments._run import Entry, Setting, enable_compilation_cache, example_inputs, run_entries
-from l2t_jax import data
+from experiments._run import run_entries
+from experiments._setting import Entry, Setting, enable_compilation_cache, example_inputs
+from l2t_jax import data, parallel
 from l2t_jax.checkpoints import CheckpointError
-from l2t_jax.losses import LOSSES
+from l2t_jax.losses import LOSSES, LossError, check_loss
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.records import WorkdirError
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Schedule
-from l2t_jax.types import Student, Task, Teacher
+from l2t_jax.training import Schedule, StoppedError
+from l2t_jax.types import Loss, Student, Task, Teacher
 
 flags.adopt_module_key_flags(_flags)
 
@@ -40,26 +42,39 @@ def main(argv: list[str]) -> None:
     """Run the experiment; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
     try:
         config, options = _flags.resolve("classification")
+        parallel.start(options.devices, options.coordinator, options.num_processes, options.process_id)
+        layout = parallel.layout_of(len(config.seeds), options.devices, options.shard, options.seeds_at_once)
+        sizes = {name: getattr(config.settings, name) for name in ("batch_size", "validation_batch_size")}
+        parallel.check(layout, **sizes)
         dataset = data.load(config.dataset, options.data_dir, options.download)
-        task, student = image_classification(dataset), build_student(config, dataset)
+        task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
         schedule = build_schedule(config, len(dataset.train_labels))
-        entries = build_entries(config, student, task)
+        entries = build_entries(config, student, task, dataset.num_classes, layout)
         enable_compilation_cache()
-        code = run_entries(Setting(config, options, dataset, student, task, schedule), entries)
-    except (UsageError, data.DataError, WorkdirError, ImportError) as error:
+        code = run_entries(Setting(config, options, dataset, student, task, schedule, layout), entries)
+    except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
         fail(str(error))
+    except parallel.LostError as error:
+        fail(f"{error}. What was saved is intact; {_go_on(options)}", 1)
     except (CheckpointError, OSError) as error:
-        fail(f"{error}. What was saved is intact; make room and go on with --workdir={options.workdir} --resume.", 1)
-    except KeyboardInterrupt:
-        fail(f"interrupted. Go on with the same flags and --workdir={options.workdir} --resume.", 130)
+        fail(f"{error}. What was saved is intact; make room, then {_go_on(options)}", 1)
+    except (StoppedError, KeyboardInterrupt):
+        fail(f"interrupted; {_go_on(options)}", 130)
     sys.exit(code)
 
 
-def build_student(config: Config, dataset: data.Dataset) -> Student:
+def _go_on(options: _flags.Options) -> str:
+    again = shlex.join(
+        [*sys.argv[1:], f"--workdir={options.workdir}", "--resume"]
+    )  # of a flag given twice the last counts
+    return f"go on with: python -m experiments.classification {again}"
+
+
+def build_student(config: Config, dataset: data.Dataset, axis_name: str | None = None) -> Student:
     """The student that the flags describe, once it is sure to fit the data set's images."""
     knobs: dict[str, Any] = {} if config.width is None else {"width": config.width}
     if config.student.startswith("resnet"):
-        knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid}
+        knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid, "axis_name": axis_name}
     elif (config.shortcut, config.head_grid) != ("a", 1):
         raise UsageError(f"--shortcut and --head_grid are of the ResNets; --student={config.student} has neither.")
     try:
@@ -97,7 +112,9 @@ def build_teacher(config: Config) -> Teacher:
     return TEACHERS["lstm"](settings.dln_lr, **knobs)
 
 
-def build_entries(config: Config, student: Student, task: Task) -> list[Entry]:
+def build_entries(
+    config: Config, student: Student, task: Task, classes: int, layout: parallel.Layout = parallel.ONE
+) -> list[Entry]:
     """The rows of the table, in the order of --method; l2t_dln gives two, one for each protocol."""
     settings = config.settings
     optimizer = optax.sgd(settings.student_lr)
@@ -105,11 +122,14 @@ def build_entries(config: Config, student: Student, task: Task) -> list[Entry]:
     for name in config.methods:
         if name != "l2t_dln":
             stages = STAGES[settings.second_stage]
-            entries.append(Entry(name, fixed_loss(student, task, LOSSES[name](), optimizer, stages=stages)))
+            fixed = _checked(LOSSES[name](), name, classes)
+            method = fixed_loss(student, task, fixed, optimizer, stages=stages, axis_name=layout.axis_name)
+            entries.append(Entry(name, method))
             continue
         loss = LOSSES["dln"](
             form=settings.dln_form, squash=settings.squash, reduction=settings.reduction, residual=settings.residual
         )
+        loss = _checked(loss, name, classes)
         for protocol, learn, teacher_of in (("l2t_dln", True, None), ("l2t_dln_transfer", False, "l2t_dln")):
             method = l2t_dln(
                 student,
@@ -122,9 +142,19 @@ def build_entries(config: Config, student: Student, task: Task) -> list[Entry]:
                 reset_memory=settings.reset_memory,
                 learn=learn,
                 memory=config.memory,
+                axis_name=layout.axis_name,
+                at_once=layout.seeds,
             )
             entries.append(Entry(protocol, method, teacher_of))
     return entries
+
+
+def _checked(loss: Loss, name: str, classes: int) -> Loss:
+    try:
+        check_loss(loss, classes, name)
+    except LossError as error:
+        raise UsageError(f"--method: {error}") from error
+    return loss
 
 
 def cli() -> None:

@@ -1,5 +1,9 @@
 """Checkpoints that survive a kill, a full disk and a flipped bit. The only file that knows orbax.
 
+  python -m l2t_jax.checkpoints WORKDIR
+
+lists every checkpoint below WORKDIR and verifies it, changing nothing, also while the run is under way.
+
 Orbax stores the leaves under their paths. It keeps no checksums and casts dtypes silently, so a record beside them
 holds dtype and shape of every leaf and a digest of all, and a step counts as good only if it agrees with both.
 """
@@ -36,6 +40,14 @@ class Restored(NamedTuple):
     skipped: list[str]  # one line per newer step that was no good: its directory and the reason
 
 
+class Verified(NamedTuple):
+    """What `verify` found of a step."""
+
+    step: int
+    info: Any  # the dict given to `save`; None where it is damaged
+    damage: str | None  # in one line; None where it is good
+
+
 class _UnfitError(Exception):
     """A step that is no good, and why."""
 
@@ -47,8 +59,8 @@ class _OtherStateError(_UnfitError):
 class Checkpoints:
     """The checkpoints of one run: `directory`/<step>, of which the newest `keep` are kept."""
 
-    def __init__(self, directory: str | Path, keep: int = 3) -> None:
-        """Open or create `directory`, and remove what a killed save left there.
+    def __init__(self, directory: str | Path, keep: int = 3, *, read_only: bool = False) -> None:
+        """Open or create `directory`, and remove what a killed save left there, unless it is only to be read.
 
         Raises ValueError where `keep` is less than 1.
         """
@@ -58,12 +70,21 @@ class Checkpoints:
 
         self.directory = Path(directory).absolute()
         self._ocp = ocp
+        # One process of a run writes; orbax would have all of them meet at every save.
+        alone = {"primary_host": jax.process_index(), "active_processes": {jax.process_index()}}
+        several = jax.process_count() > 1
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, cleanup_tmp_directories=True, enable_async_checkpointing=False
+            max_to_keep=None if read_only else keep,
+            read_only=read_only,
+            cleanup_tmp_directories=not read_only,
+            create=not several and not read_only,
+            enable_async_checkpointing=False,
+            multiprocessing_options=ocp.options.MultiprocessingOptions(**(alone if several else {})),
         )
         # For good, since orbax also logs from threads of its own. What matters reaches the caller as an exception.
         logging.getLogger("absl").addFilter(_not_orbax)
-        self.directory.mkdir(parents=True, exist_ok=True)
+        if not read_only:
+            self.directory.mkdir(parents=True, exist_ok=True)
         with _quiet():
             self._manager = ocp.CheckpointManager(self.directory, options=options)
 
@@ -123,6 +144,26 @@ class Checkpoints:
         with _quiet():
             self._manager.close()
 
+    def verify(self) -> list["Verified"]:
+        """Read every step, newest first, and compare it with its digests; nothing is changed."""
+        return [Verified(step, *self._verified(step)) for step in self._steps()]
+
+    def _verified(self, step: int) -> tuple[Any, str | None]:
+        with _quiet():
+            try:
+                args, record = self._ocp.args, self._record(step)
+                arrays = {path: np.empty(0) for path in record["leaves"]}  # what orbax does not store has no elements
+                if (self.directory / str(step) / "state").exists():
+                    arrays |= self._manager.restore(step, args=args.Composite(state=args.StandardRestore())).state
+                _compare_digests(arrays, record)
+                return record["info"], None
+            except _UnfitError as error:
+                return None, str(error)
+            except Exception as error:
+                reason = f"it cannot be read ({_first_line(error)})"
+            gc.collect()
+            return None, reason
+
     def _steps(self) -> list[int]:
         with _quiet():
             return sorted(self._manager.all_steps(), reverse=True)
@@ -139,18 +180,21 @@ class Checkpoints:
             return reason
 
     def _read(self, step: int, targets: dict[str, "_Target"]) -> Restored:
-        args = self._ocp.args
-        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
-        if record != _seal(record):
-            raise _UnfitError("its record does not have the digest it was saved with")
+        args, record = self._ocp.args, self._record(step)
         _compare(record["leaves"], {path: target.description for path, target in targets.items()})
         arrays = {path: np.empty(target.shape, target.dtype) for path, target in targets.items()}
         filled = {path: array for path, array in arrays.items() if array.size}
         if filled:
             arrays |= self._manager.restore(step, args=args.Composite(state=args.StandardRestore(filled))).state
-        if _digest(arrays, record["leaves"]) != record["sha256"]:
-            raise _UnfitError("its data do not have the digest they were saved with")
+        _compare_digests(arrays, record)
         return Restored(step, arrays, record["info"], [])
+
+    def _record(self, step: int) -> dict[str, Any]:
+        args = self._ocp.args
+        record = self._manager.restore(step, args=args.Composite(record=args.JsonRestore())).record
+        if record != _seal(record):
+            raise _UnfitError("its record does not have the digest it was saved with")
+        return record
 
     def _move_aside(self, step: int) -> None:
         damaged = self.directory / f"{step}.damaged"
@@ -238,6 +282,11 @@ def _compare(stored: dict[str, str], wanted: dict[str, str]) -> None:
             raise _OtherStateError(f"it is of another state: leaf {path} is {there} there, {asked} was expected")
 
 
+def _compare_digests(arrays: dict[str, np.ndarray], record: dict[str, Any]) -> None:
+    if _digest(arrays, record["leaves"]) != record["sha256"]:
+        raise _UnfitError("its data do not have the digest they were saved with")
+
+
 def _first_line(error: Exception) -> str:
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0][:100]}".rstrip(": .")
@@ -270,3 +319,33 @@ def _quiet() -> Iterator[None]:
     finally:
         sys.unraisablehook = hook
         logger.removeFilter(nothing)
+
+
+def main(argv: list[str]) -> int:
+    """List and verify the checkpoints below a directory; exit code 1 where one is damaged, 2 where there are none."""
+    if len(argv) != 2 or argv[1].startswith("-"):
+        print("usage: python -m l2t_jax.checkpoints WORKDIR\nLists every checkpoint below WORKDIR and verifies it.")
+        return 0 if argv[1:] in (["--help"], ["-h"]) else 2
+    root = Path(argv[1])
+    directories = sorted({path.parent for path in root.rglob("*") if path.is_dir() and path.name.isdecimal()})
+    aside = sorted(path for path in root.rglob("*.damaged") if path.is_dir())
+    if not directories and not aside:
+        print(f"error: there is no checkpoint below {root}: give the --workdir of a run.", file=sys.stderr)
+        return 2
+    code = 0
+    for directory in directories:
+        checkpoints = Checkpoints(directory, read_only=True)
+        print(directory)
+        for step, info, damage in checkpoints.verify():
+            size = sum(path.stat().st_size for path in (directory / str(step)).rglob("*") if path.is_file())
+            facts = "".join(f", {name} {value}" for name, value in (info or {}).items())
+            print(f"  {step}: {'good' if damage is None else f'DAMAGED: {damage}'}, {size / 2**20:.2f} MiB{facts}")
+            code |= damage is not None
+        checkpoints.close()
+    for path in aside:
+        print(f"{path}: put aside as damaged by a resumption; it may be deleted")
+    return int(code)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))

@@ -1,7 +1,6 @@
-"""Data sets as arrays, and their order as a pure function of (seed, epoch, round). NumPy only.
+"""Data sets as arrays. NumPy only.
 
-Legend: n examples, H and W height and width in pixels, c channels, S stages, N unroll length,
-B training batch, V validation batch.
+Legend: n examples, H and W height and width in pixels, c channels.
 """
 
 import hashlib
@@ -11,9 +10,8 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import lru_cache, partial
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
 
@@ -77,21 +75,25 @@ def check(dataset: Dataset) -> None:
     Raises:
       DataError: names the first thing that is wrong.
     """
+    classes = dataset.num_classes
+    _require(isinstance(classes, int) and classes >= 2, f"{dataset.name}: num_classes={classes}, expected 2 or more.")
     _check_part(f"{dataset.name} train", dataset.train_images, dataset.train_labels, dataset.num_classes)
     _check_part(f"{dataset.name} test", dataset.test_images, dataset.test_labels, dataset.num_classes)
     shape, test_shape = dataset.train_images.shape[1:], dataset.test_images.shape[1:]
     _require(shape == test_shape, f"{dataset.name}: train images are {shape} and test images {test_shape}.")
     absent = np.setdiff1d(np.arange(dataset.num_classes), dataset.train_labels)
     _require(not absent.size, f"{dataset.name}: classes {absent.tolist()} have no training example; all need one.")
-    lengths = len(dataset.mean), len(dataset.std)
+    sizes = np.shape(dataset.mean), np.shape(dataset.std)
     _require(
-        lengths == (shape[-1],) * 2 and min(dataset.std) > 0,
-        f"{dataset.name}: mean {dataset.mean} and std {dataset.std} must have one value for each of "
+        sizes == ((shape[-1],),) * 2 and bool(np.all(np.isfinite(dataset.mean)) and np.all(_positive(dataset.std))),
+        f"{dataset.name}: mean {dataset.mean} and std {dataset.std} must have one finite value for each of "
         f"{shape[-1]} channels, and every std must be positive.",
     )
 
 
 def _check_part(part: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
+    for what, array in (("images", images), ("labels", labels)):
+        _require(isinstance(array, np.ndarray), f"{part}: {what} are a {type(array).__name__}, expected a NumPy array.")
     found = f"{images.dtype} {images.shape}"
     _require(
         images.dtype == np.uint8 and images.ndim == 4 and images.size > 0,
@@ -106,6 +108,10 @@ def _check_part(part: str, images: np.ndarray, labels: np.ndarray, num_classes: 
             f"{part}: label {labels[wrong[0]]} at index {wrong[0]} is outside 0..{num_classes - 1} "
             f"({wrong.size} such labels): correct the labels or num_classes."
         )
+
+
+def _positive(std: tuple[float, ...]) -> np.ndarray:
+    return np.isfinite(std) & (np.asarray(std) > 0)
 
 
 def _require(condition: bool, message: str) -> None:
@@ -246,154 +252,3 @@ DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
     "cifar10": _tfds("cifar10", 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), augment=True),
     "cifar100": _tfds("cifar100", 100, _raw(0.5071, 0.4865, 0.4409), _raw(0.2673, 0.2564, 0.2762), augment=True),
 }
-
-
-class Split(NamedTuple):
-    """The examples of one epoch, as indices into the n training examples; together each occurs once."""
-
-    train: np.ndarray  # [n_train] int32
-    validation: np.ndarray  # [n_validation] int32
-
-
-def split_sizes(n: int, validation_ratio: float) -> tuple[int, int]:
-    """Divide n examples into (n_train, n_validation), n_validation = round(n * validation_ratio).
-
-    Raises:
-      ValueError: the ratio is not strictly between 0 and 1.
-    """
-    if not 0 < validation_ratio < 1:
-        raise ValueError(f"validation_ratio={validation_ratio} must lie between 0 and 1, both excluded.")
-    n_validation = round(n * validation_ratio)
-    return n - n_validation, n_validation
-
-
-def rounds_per_epoch(n_validation: int, stages: int, validation_batch_size: int) -> int:
-    """Count the rounds of an epoch, n_validation // (S V): each reads S validation batches not read before.
-
-    Source: the released code of L2T-DLN, where an epoch is one pass over the validation part.
-    """
-    return n_validation // (stages * validation_batch_size)
-
-
-def check_sizes(
-    *,
-    n: int,
-    validation_ratio: float,
-    stages: int,
-    unroll_length: int,
-    batch_size: int,
-    validation_batch_size: int,
-) -> None:
-    """Check that n examples suffice for at least one round.
-
-    Raises:
-      ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
-    """
-    sizes = {"n": n, "stages": stages, "unroll_length": unroll_length}
-    sizes |= {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} is not a positive integer: give {name} at least 1.")
-    n_train, n_validation = split_sizes(n, validation_ratio)
-    parts = f"{n} examples at validation_ratio={validation_ratio} leave"
-    if batch_size > n_train:
-        raise ValueError(f"{parts} {n_train} for training, fewer than batch_size={batch_size}: lower one of the two.")
-    if stages * validation_batch_size > n_validation:
-        raise ValueError(
-            f"{parts} {n_validation} for validation, fewer than the {stages} x {validation_batch_size} of "
-            "one round: lower validation_batch_size or raise validation_ratio."
-        )
-
-
-@lru_cache(maxsize=32)
-def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float) -> Split:
-    """Divide the n training examples at random into the training and validation part of an epoch.
-
-    Args:
-      seed: of the run.
-      epoch: counted from 0; every epoch has a division of its own.
-      n: number of examples.
-      validation_ratio: part of them that validates.
-
-    Returns:
-      Read-only indices.
-
-    Source: Algorithm 1 of L2T-DLN (NeurIPS 2023) has epochs and says nothing of a division; the released
-    code divides anew every epoch, as is done here.
-    """
-    n_train, _ = split_sizes(n, validation_ratio)
-    order = _permutation((seed, epoch, 0), n)
-    return Split(order[:n_train], order[n_train:])
-
-
-@lru_cache(maxsize=128)
-def _pass_order(seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float) -> np.ndarray:
-    """The training part of an epoch in the order of one pass over it."""
-    train = epoch_split(seed, epoch, n, validation_ratio).train
-    # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
-    return train[_permutation((seed, epoch, pass_index + 1), len(train))]
-
-
-def _permutation(seeds: tuple[int, ...], n: int) -> np.ndarray:
-    order = np.random.default_rng(seeds).permutation(n).astype(np.int32)
-    order.setflags(write=False)  # it is shared through a cache
-    return order
-
-
-def round_indices(
-    seed: int,
-    round: int,
-    *,
-    n: int,
-    validation_ratio: float,
-    stages: int,
-    unroll_length: int,
-    batch_size: int,
-    validation_batch_size: int,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Say which examples a round reads, as a pure function of its arguments.
-
-    Within an epoch, validation batches are consecutive blocks of the validation part and never share an
-    example. Training batches stream on from round to round over the training part, which is shuffled anew on
-    every pass; the incomplete last batch of a pass is dropped.
-
-    Args:
-      seed: of the run.
-      round: absolute, counted from 0; its epoch is round // rounds_per_epoch.
-      n: number of training examples.
-      validation_ratio: part of them that validates, re-drawn every epoch.
-      stages: S.
-      unroll_length: N.
-      batch_size: B.
-      validation_batch_size: V.
-
-    Returns:
-      Training indices [S, N, B] and validation indices [S, V], int32.
-
-    Raises:
-      ValueError: see `check_sizes`; or the round is negative.
-
-    Source: the released code of L2T-DLN, which however loses one batch, and so one step, where a pass ends
-    within a round; here every round has all its S N batches.
-    """
-    if round < 0:
-        raise ValueError(f"round={round} is negative: rounds count from 0.")
-    check_sizes(
-        n=n,
-        validation_ratio=validation_ratio,
-        stages=stages,
-        unroll_length=unroll_length,
-        batch_size=batch_size,
-        validation_batch_size=validation_batch_size,
-    )
-    n_train, n_validation = split_sizes(n, validation_ratio)
-    epoch, r = divmod(round, rounds_per_epoch(n_validation, stages, validation_batch_size))
-    block = slice(r * stages * validation_batch_size, (r + 1) * stages * validation_batch_size)
-    validation = epoch_split(seed, epoch, n, validation_ratio).validation[block]
-    batches = []
-    for i in range(r * stages * unroll_length, (r + 1) * stages * unroll_length):
-        pass_index, j = divmod(i, n_train // batch_size)
-        order = _pass_order(seed, epoch, pass_index, n, validation_ratio)
-        batches.append(order[j * batch_size : (j + 1) * batch_size])
-    train = np.stack(batches).reshape(stages, unroll_length, batch_size)
-    return train, validation.reshape(stages, validation_batch_size).copy()

@@ -6,12 +6,13 @@ Legend: theta student parameters, phi loss parameters, N unroll length.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import jax
 import optax
 
-from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.memory import MEMORY_MODES, auto
 from l2t_jax.types import Array, PyTree, StudentState
 from l2t_jax.unroll import InnerLoss, OuterError, mean_over, unrolled_error
 
@@ -33,6 +34,7 @@ def hypergradient(
     *,
     memory: str = "auto",
     axis_name: str | None = None,
+    at_once: int = 1,
 ) -> Callable[[PyTree, StudentState, PyTree, PyTree], Hypergradient]:
     """Build d e_val(theta^N) / d phi, theta^i = theta^{i-1} - eta d/dtheta L_phi(theta^{i-1}), any optimizer.
 
@@ -43,6 +45,7 @@ def hypergradient(
       optimizer: the student's optax transformation.
       memory: "auto" or one of the other `MEMORY_MODES` (see the table of `l2t_jax.memory`). All are exact.
       axis_name: mapped axis over which batches are split, if any.
+      at_once: how many of these a device computes side by side (vmap), which "auto" cannot see.
     Returns:
       compute(phi, state, batches (leaves [N, B, ...]), validation) -> `Hypergradient`.
     Raises:
@@ -52,7 +55,8 @@ def hypergradient(
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory mode {memory!r} is unknown; choose one of {', '.join(MEMORY_MODES)}.")
-    run = MEMORY_MODES[memory](inner, optimizer, axis_name)
+    build = partial(auto, at_once=at_once) if memory == "auto" else MEMORY_MODES[memory]
+    run = build(inner, optimizer, axis_name)
     differentiate = jax.value_and_grad(unrolled_error(run, outer), has_aux=True)
 
     def compute(phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree) -> Hypergradient:

@@ -92,18 +92,20 @@ def segments(length: int) -> tuple[int, int]:
     return (length - 1) // size, size
 
 
-def _auto(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name: str | None) -> Unroll:
+def auto(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name: str | None, at_once: int = 1) -> Unroll:
+    """Choose by what each mode would keep, and say so; `at_once` unrolls share a device (vmap, which is not seen)."""
     explained = set()
 
     def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
         kept = kept_bytes(inner, optimizer, axis_name, state, loss_params, batches)
-        available = device_bytes()
+        available = device_bytes() / at_once
         mode = choose(kept, available)
         sizes = ", ".join(f"{name} {_mib(size)}" for name, size in kept.items())
         line = f"memory mode auto takes {mode} for N = {_length(batches)}; predicted MiB to keep: {sizes}"
         if line not in explained:
             explained.add(line)
-            logger.info("%s; the device has %s", line, _mib(available))
+            shared = f", for each of {at_once} at once" if at_once > 1 else ""
+            logger.info("%s; the device has %s%s", line, _mib(available), shared)
         return MEMORY_MODES[mode](inner, optimizer, axis_name)(state, loss_params, batches)
 
     return run
@@ -188,7 +190,7 @@ def _steps(name: str) -> Callable[[InnerLoss, optax.GradientTransformation, str 
 MEMORY_MODES: dict[str, Callable[[InnerLoss, optax.GradientTransformation, str | None], Unroll]] = {
     **{name: _steps(name) for name in STEPS},
     "nested": _nested,
-    "auto": _auto,
+    "auto": auto,
 }
 
 

@@ -13,17 +13,20 @@ SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
 class RunProgress:
     """Rounds done over all runs of an experiment, with the time left at each method's own measured speed."""
 
-    def __init__(self, runs: list[tuple[str, int]], rounds: int) -> None:
-        """Take the (method, seed) pairs in the order in which they will run, and the rounds of each."""
-        self.console = Console(stderr=True)
+    def __init__(self, runs: list[tuple[str, int]], rounds: int, *, at_once: int = 1, quiet: bool = False) -> None:
+        """Take the (method, seed) pairs in the order in which they will run, how many at once, the rounds of each."""
+        self.console = Console(stderr=True, quiet=quiet)
         self._done = dict.fromkeys(runs, 0)
         self._rounds = rounds
+        self._at_once = at_once
         self._seconds_per_round: dict[str, float] = {}
         self._compiled: set[str] = set()
         self._marks: dict[tuple[str, int], tuple[float, int]] = {}
         self._printed = time.monotonic()
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[note]}"))
-        self._bar = Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() else None
+        self._bar = (
+            Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() and not quiet else None
+        )
         self._task = self._bar.add_task("", total=rounds * len(runs), note="compiling") if self._bar else None
 
     def __enter__(self) -> "RunProgress":
@@ -74,4 +77,5 @@ class RunProgress:
             (self._rounds - done) * self._seconds_per_round.get(method, slowest)
             for (method, _), done in self._done.items()
         )
+        left /= self._at_once
         return f"{int(left // 60)}:{int(left % 60):02d} left"

@@ -13,9 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from l2t_jax import data as data_lib
+from l2t_jax import order
 from l2t_jax.checkpoints import Checkpoints
-from l2t_jax.types import Array, Key, Method, MethodState, PyTree, RoundBatches, Task
+from l2t_jax.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
+from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
 
 MOST_ROUNDS = 32  # a dispatch runs at most this many rounds
 RANDOM_DRAWS = 0  # what a seed's key is folded with for draws during training; other numbers are free for others
@@ -35,7 +36,7 @@ class Schedule:
     stages: int
 
     def __post_init__(self) -> None:
-        data_lib.check_sizes(**self.sizes)
+        order.check_sizes(**self.sizes)
 
     @property
     def sizes(self) -> dict[str, Any]:
@@ -46,18 +47,8 @@ class Schedule:
     @property
     def rounds_per_epoch(self) -> int:
         """An epoch reads the validation part once."""
-        _, validation = data_lib.split_sizes(self.examples, self.validation_ratio)
-        return data_lib.rounds_per_epoch(validation, self.stages, self.validation_batch_size)
-
-
-class Dispatch(NamedTuple):
-    """The host's input to one dispatch; rows past `wanted` are padding, so that one compilation serves any number."""
-
-    train: Array | np.ndarray  # [R, S, N, B] int32
-    validation: Array | np.ndarray  # [R, S, V] int32
-    round: Array | np.ndarray  # [R] int32
-    first_of_epoch: Array | np.ndarray  # [R] bool
-    wanted: Array | np.int32  # [] rounds to run
+        _, validation = order.split_sizes(self.examples, self.validation_ratio)
+        return order.rounds_per_epoch(validation, self.stages, self.validation_batch_size)
 
 
 class Failure(NamedTuple):
@@ -77,7 +68,7 @@ class Run(NamedTuple):
     name: str
     seed: int
     state: MethodState  # at round 0
-    checkpoints: Checkpoints
+    checkpoints: Checkpoints | None  # None in a process that is not the leader: it writes nothing and is told the state
     write: Callable[[list[dict[str, Any]]], None]  # rows of metrics, durable when it returns
     forget: Callable[[int], None]  # drops this run's rows of this round and later ones
     snapshot: Callable[[int, MethodState], None]  # called at each of `snapshot_rounds`
@@ -95,36 +86,41 @@ class Outcome(NamedTuple):
     failure: Failure | None
 
 
-def compile_rounds(method: Method, task: Task, augment: bool) -> Callable[..., tuple[MethodState, PyTree, Array]]:
-    """Compile several rounds of a method into one dispatch.
+def compile_rounds(method: Method, task: Task, augment: bool, layout: Layout = ONE) -> Program:
+    """Compile several rounds of a method, for as many runs as the layout holds, into one dispatch."""
+    return Program(some_rounds(method, task, augment, axis_name=layout.axis_name), layout)
+
+
+def some_rounds(method: Method, task: Task, augment: bool, *, axis_name: str | None = None) -> Rounds:
+    """Build several rounds of one run.
 
     Returns:
-      run(state (donated), data, dispatch, key) -> state, metrics (leaves [R, ...]), rounds done []. It stops early
-      after the first round of which any value is not finite. The round's number is all that random draws depend on,
-      so how rounds are divided into dispatches changes nothing.
+      rounds(state, data, dispatch) -> state, metrics (leaves [R, ...]), rounds done []. It stops early after the first
+      round of which any value is not finite. The round's number is all that random draws depend on, so how rounds are
+      divided into dispatches changes nothing.
     """
 
     @jax.jit  # traced once, for its shapes and for the loop
-    def one_round(state: MethodState, data: PyTree, dispatch: Dispatch, r: Array, key: Key) -> tuple[MethodState, Any]:
-        k_train, k_validation = jax.random.split(jax.random.fold_in(key, dispatch.round[r]))
-        batches = RoundBatches(
-            train=task.gather(data, dispatch.train[r], k_train if augment else None),
-            validation=task.gather(data, dispatch.validation[r], k_validation if augment else None),
-            first_of_epoch=dispatch.first_of_epoch[r],
+    def one_round(state: MethodState, data: PyTree, dispatch: Dispatch, r: Array) -> tuple[MethodState, Any]:
+        key = jax.random.wrap_key_data(dispatch.key)
+        keys = jax.random.split(jax.random.fold_in(key, dispatch.round[r]))
+        train, validation = (
+            task.gather(data, x, keys_of(k, x, axis_name) if augment else None)
+            for k, x in zip(keys, (dispatch.train[r], dispatch.validation[r]), strict=True)
         )
-        return method.round(state, batches)
+        return method.round(state, RoundBatches(train, validation, dispatch.first_of_epoch[r]))
 
-    def run(state: MethodState, data: PyTree, dispatch: Dispatch, key: Key) -> tuple[MethodState, PyTree, Array]:
-        _, shapes = one_round.eval_shape(state, data, dispatch, jnp.int32(0), key)
+    def rounds(state: MethodState, data: PyTree, dispatch: Dispatch) -> tuple[MethodState, PyTree, Array]:
+        _, shapes = one_round.eval_shape(state, data, dispatch, jnp.int32(0))
         rows = dispatch.round.shape[0]
         buffers = jax.tree.map(lambda x: jnp.zeros((rows, *x.shape), x.dtype), shapes)
 
         def body(carry: Any) -> Any:
             state, buffers, done, _ = carry
-            state, metrics = one_round(state, data, dispatch, done, key)
+            state, metrics = one_round(state, data, dispatch, done)
             buffers = jax.tree.map(lambda buffer, value: buffer.at[done].set(value), buffers, metrics)
             alive = jnp.all(jnp.stack(jax.tree.leaves(metrics["finite"])))
-            return state, buffers, done + 1, alive
+            return state, buffers, done + 1, everywhere(axis_name, alive)
 
         def unfinished(carry: Any) -> Array:
             _, _, done, alive = carry
@@ -133,79 +129,139 @@ def compile_rounds(method: Method, task: Task, augment: bool) -> Callable[..., t
         state, buffers, done, _ = lax.while_loop(unfinished, body, (state, buffers, jnp.int32(0), jnp.bool_(True)))
         return state, buffers, done
 
-    return jax.jit(run, donate_argnums=0)
+    return rounds
 
 
-def train(run: Run, schedule: Schedule, execute: Callable[..., Any], data: PyTree) -> Outcome:
-    """Train one run to its last round, from its newest good checkpoint if it has one.
+class StoppedError(Exception):
+    """A run that was asked to stop, and whose last round is saved."""
+
+
+@dataclasses.dataclass
+class _Progress:
+    """How far a run of a group is."""
+
+    run: Run
+    done: int
+    spent: float
+    failure: Failure | None = None
+
+    def active(self, schedule: Schedule) -> bool:
+        return self.failure is None and self.done < schedule.rounds
+
+    def count(self, wanted: int, schedule: Schedule) -> int:
+        """How many of the wanted rounds it takes: none past its next snapshot, none once it has ended."""
+        if not self.active(schedule):
+            return 0
+        until = min(stop for stop in (*self.run.snapshot_rounds, schedule.rounds) if stop > self.done)
+        return min(wanted, until - self.done)
+
+
+def train(
+    runs: list[Run],
+    schedule: Schedule,
+    program: Program,
+    data: PyTree,
+    stopped: Callable[[], bool] = lambda: False,
+) -> list[Outcome]:
+    """Train some runs of one method side by side to their last round, each from its newest good checkpoint if any.
 
     Args:
-      run: see `Run`.
+      runs: see `Run`; at most as many as the program's layout holds.
       schedule: see `Schedule`.
-      execute: of `compile_rounds`; shared by all seeds.
-      data: the training examples on the device.
+      program: of `compile_rounds`; may serve any number of groups of runs.
+      data: the training examples, of `program.data`.
+      stopped: asked after every dispatch; where it says so in any process, all is saved and the work ends.
     Returns:
-      an `Outcome`. On a failure its state is the last good one that was saved (the initial one if none was).
+      an `Outcome` for each. On a failure its state is the last good one that was saved (the initial one if none was).
+      The wall time of a dispatch is divided evenly among the runs that took part in it.
+    Raises:
+      StoppedError: it was stopped.
     """
-    state, done, spent = _resume(run)
-    run.progress(done, None)
+    begun = [_resume(run) for run in runs]
+    group = [_Progress(run, done, spent) for run, (_, done, spent) in zip(runs, begun, strict=True)]
+    states = program.place([state for state, _, _ in begun])
+    for member in group:
+        member.run.progress(member.done, None)
     saved_at = time.monotonic()
     durations: list[float] = []
-    key = jax.random.fold_in(jax.random.key(run.seed), RANDOM_DRAWS)
-    while done < schedule.rounds:
+    while active := [i for i, member in enumerate(group) if member.active(schedule)]:
         begin = time.monotonic()
-        count = _count(durations, done, schedule.rounds, run.snapshot_rounds)
-        state, metrics, finished = execute(state, data, _dispatch(run.seed, done, count, schedule), key)
-        rows, failure = _rows(run, schedule, done, jax.device_get(metrics), int(finished))
-        durations.append((time.monotonic() - begin) / len(rows))
-        spent += time.monotonic() - begin
-        run.write(rows)
-        if failure is not None:
-            return Outcome(_last_good(run), spent, failure)
-        done += len(rows)
-        run.progress(done, rows[-1])
-        if done in run.snapshot_rounds:
-            run.snapshot(done, state)
-        if done == schedule.rounds or time.monotonic() - saved_at >= run.checkpoint_seconds:
-            run.checkpoints.save(done, state, {"round": done, "wall_time_s": spent})
-            saved_at = time.monotonic()
-    return Outcome(state, spent, None)
+        wanted = int(from_leader(np.int32(_wanted(durations))))  # clocks differ
+        dispatches = [_dispatch(m.run.seed, m.done, m.count(wanted, schedule), schedule) for m in group]
+        states, metrics, finished = program(states, data, dispatches)
+        elapsed = time.monotonic() - begin
+        durations.append(elapsed / max(finished))
+        for i in active:
+            group[i].spent += elapsed / len(active)
+            _note(group[i], schedule, metrics[i], finished[i])
+            if group[i].failure is None and group[i].done in group[i].run.snapshot_rounds:
+                group[i].run.snapshot(group[i].done, program.take(states, i))
+        stop = anywhere(stopped())
+        due = stop or time.monotonic() - saved_at >= runs[0].checkpoint_seconds
+        for i in active:
+            if group[i].failure is None and (due or group[i].done == schedule.rounds):
+                _save(group[i], program.take(states, i))
+        saved_at = time.monotonic() if due else saved_at
+        if stop and any(member.active(schedule) for member in group):
+            raise StoppedError
+    return [_outcome(member, program.take(states, i)) for i, member in enumerate(group)]
+
+
+def _note(member: _Progress, schedule: Schedule, metrics: dict[str, Any], count: int) -> None:
+    """Write the rows of a dispatch."""
+    rows, member.failure = _rows(member.run, schedule, member.done, metrics, count)
+    member.run.write(rows)
+    member.done += count
+    member.run.progress(member.done, rows[-1])
+
+
+def _save(member: _Progress, state: MethodState) -> None:
+    if member.run.checkpoints is not None:
+        info = {"round": member.done, "wall_time_s": member.spent}
+        member.run.checkpoints.save(member.done, state, info)
+
+
+def _outcome(member: _Progress, state: MethodState) -> Outcome:
+    if member.failure is not None:
+        state = _restored(member.run)[0]
+    return Outcome(state, member.spent, member.failure)
 
 
 def _resume(run: Run) -> tuple[MethodState, int, float]:
-    restored = run.checkpoints.restore(run.state)
-    for line in restored.skipped:
-        run.report(f"{run.name}, seed {run.seed}: {line}")
-    if restored.step is None:
-        run.forget(0)
-        if 0 in run.snapshot_rounds:
-            run.snapshot(0, run.state)
-        # A copy: the first dispatch takes the state's buffers, and a failure must find the initial state intact. Its
-        # dtypes are said: those of `jnp.array(1.0)` are weak, a round's results are not, and that would compile anew.
-        return jax.tree.map(lambda x: jnp.array(x, x.dtype), run.state), 0, 0.0
-    run.forget(restored.step)
-    return restored.state, restored.step, restored.info["wall_time_s"]
+    state, done, spent = _restored(run)
+    run.forget(done)
+    if done == 0 and 0 in run.snapshot_rounds:
+        run.snapshot(0, state)
+    return state, done, spent
 
 
-def _last_good(run: Run) -> MethodState:
-    restored = run.checkpoints.restore(run.state)
-    return run.state if restored.step is None else restored.state
+def _restored(run: Run) -> tuple[MethodState, int, float]:
+    """The newest good checkpoint, or the beginning: state, rounds done, seconds spent on them."""
+    found = run.state, 0, 0.0
+    if run.checkpoints is not None:
+        restored = run.checkpoints.restore(run.state)
+        for line in restored.skipped:
+            run.report(f"{run.name}, seed {run.seed}: {line}")
+        if restored.step is not None:
+            found = restored.state, restored.step, restored.info["wall_time_s"]
+    state, done, spent = from_leader((found[0], np.int32(found[1]), np.float64(found[2])))
+    return state, int(done), float(spent)
 
 
-def _count(durations: list[float], done: int, rounds: int, stops: tuple[int, ...]) -> int:
+def _wanted(durations: list[float]) -> int:
     """Rounds of the next dispatch: one while the first compiles and one to be timed, then about a second's worth."""
     wanted = 1 if len(durations) < 2 else int(SECONDS_PER_DISPATCH / max(durations[-1], 1e-9))
-    until = min([stop for stop in (*stops, rounds) if stop > done])
-    return max(1, min(wanted, MOST_ROUNDS, until - done))
+    return max(1, min(wanted, MOST_ROUNDS))
 
 
 def _dispatch(seed: int, done: int, count: int, schedule: Schedule) -> Dispatch:
     rounds = done + np.arange(MOST_ROUNDS)
-    orders = [data_lib.round_indices(seed, int(r), **schedule.sizes) for r in rounds[:count]]
-    train, validation = (np.stack([order[i] for order in orders]) for i in (0, 1))
-    pad = lambda x: np.concatenate([x, np.zeros((MOST_ROUNDS - count, *x.shape[1:]), x.dtype)])  # noqa: E731
+    indices = [order.round_indices(seed, int(r), **schedule.sizes) for r in rounds[: max(count, 1)]]
+    train, validation = (np.stack([both[i] for both in indices]) for i in (0, 1))
+    pad = lambda x: np.concatenate([x, np.zeros((MOST_ROUNDS - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
     first = rounds % schedule.rounds_per_epoch == 0
-    return Dispatch(pad(train), pad(validation), rounds.astype(np.int32), first, np.int32(count))
+    key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), RANDOM_DRAWS)))
+    return Dispatch(pad(train), pad(validation), rounds.astype(np.int32), first, np.int32(count), key)
 
 
 def _rows(

@@ -70,7 +70,7 @@ class Task(NamedTuple):
 
     error: Callable[[Array, Array], Array]  # outputs [B, C], targets [B] -> outer (validation) error [B]
     metrics: Callable[[Array, Array], dict[str, Array]]  # -> {"accuracy": [B], ...}
-    # (data, indices [...], key or None) -> Batch with leaves [..., ...]; a key switches augmentation on
+    # (data, indices [...], keys [...] or None) -> Batch with leaves [..., ...]; keys switch augmentation on
     gather: Callable[[PyTree, Array, Key | None], Batch]
 
 

@@ -29,7 +29,13 @@ def inner_objective(student: Student, loss: Loss) -> InnerLoss:
 
     def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         outputs, stats = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
-        return jnp.mean(loss.apply(loss_params, outputs, batch.targets)), stats
+        losses = loss.apply(loss_params, outputs, batch.targets)
+        if losses.shape != batch.targets.shape[:1]:
+            raise ValueError(
+                f"The loss gives {list(losses.shape)} for {batch.targets.shape[0]} examples; "
+                "expected one value for each, not reduced."
+            )
+        return jnp.mean(losses), stats
 
     return inner
 

@@ -13,8 +13,9 @@ import pytest
 from absl.testing import flagsaver
 from rich.console import Console
 
-from benchmarks import hypergradient_cost, operations, peers, worker
-from benchmarks.hypergradient_cost import FLAGS, MODES, difference, exponents, measure, plot
+from benchmarks import hypergradient_cost, operations, peers, scaling, worker
+from benchmarks.cost_report import TOLERANCE, exponents, plot, table_of
+from benchmarks.hypergradient_cost import FLAGS, MODES, difference, measure
 from benchmarks.workloads import WORKLOADS, images, problem
 
 ROOT = Path(__file__).parents[1]
@@ -66,9 +67,9 @@ def test_rows_of_a_measurement(fake):
     np.testing.assert_allclose(mixed["predicted_mib"], 2 * THETA)
     assert plain["agreement"] is None and save["agreement"] == 0 < mixed["agreement"] < 1e-5
     assert (torch["seconds_all"], torch["resident_mib"], torch["libraries"]) == ([1, 2, 3], 9, "fake 1")
-    assert torch["agreement"] > hypergradient_cost.TOLERANCE and torch["temporary_mib"] is None
+    assert torch["agreement"] > TOLERANCE and torch["temporary_mib"] is None
     output = io.StringIO()
-    Console(file=output, width=120).print(hypergradient_cost.table_of(rows))
+    Console(file=output, width=120).print(table_of(rows))
     lines = {line.split("│")[3].strip(" *"): line for line in output.getvalue().splitlines() if line.startswith("│")}
     assert "disagrees" in lines["torch create_graph"] and "disagrees" not in lines["mixed"]
     assert [name for name, line in lines.items() if f"{name}*" in line] == [
@@ -197,7 +198,7 @@ def test_resident_set_that_a_call_adds():
 @pytest.mark.parametrize("name", ["w1", "w2"])
 def test_naive_layers_are_laxs_own(name):
     workload = WORKLOADS[name]
-    student, inputs = workload.student(), images(workload, 4).inputs
+    student, inputs = workload.student(None), images(workload, 4).inputs
     variables = student.init(jax.random.key(0), inputs)
 
     def apply(x):
@@ -276,3 +277,31 @@ def test_operations_finds_the_convolutions_of_a_step():
     }
     sums = operations.sums([{"seconds": 2.0, "flops": 10, "in_step": 3}], "in_step", floor=5.0)
     assert sums == {"convolution_seconds": 6.0, "convolution_floor_seconds": 6.0}
+
+
+def test_scaling(tmp_path):
+    """In a process of its own, since devices are simulated from the start of one."""
+    path = tmp_path / "record.json"
+    flags = ["--devices=1,2", "--seeds=1,2", "--unroll_length=1", "--rounds=1", "--repeats=1", f"--out={path}"]
+    done = subprocess.run([sys.executable, "-m", "benchmarks.scaling", *flags], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads(path.read_text())
+    assert set(record) == {"rows", "command", "environment"}
+    labels = ["one", "2 seeds, vmap", "batches over 2 devices", "2 seeds on 2 devices", "pmap of one"]
+    assert [row["layout"] for row in record["rows"]] == labels and all(label in done.stdout for label in labels)
+    one = record["rows"][0]
+    for row, runs in zip(record["rows"], (1, 2, 1, 2, 1), strict=True):
+        assert row["runs"] == runs
+        np.testing.assert_allclose(row["student_steps_a_second"], runs * 2 / row["seconds"])
+        np.testing.assert_allclose(row["ratio_of_throughput"], runs * one["seconds"] / row["seconds"])
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--devices=0", "at least 1"), ("--seeds=x", "at least 1"), ("--devices=5", "do not divide over 5")],
+)
+def test_bad_flags_of_scaling_are_one_line(flag, message, capsys):
+    with pytest.raises(SystemExit) as stop:
+        scaling.main(["scaling", flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1

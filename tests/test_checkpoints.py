@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2t_jax.checkpoints import CheckpointError, Checkpoints, digest
+from l2t_jax.checkpoints import CheckpointError, Checkpoints, digest, main
 
 
 class Pair(NamedTuple):
@@ -245,3 +245,35 @@ def test_a_process_ends_without_closing(tmp_path: Path) -> None:
     code = "from l2t_jax.checkpoints import *; Checkpoints(sys.argv[1]).save(0, {'a': np.ones(2)}, {})"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+
+
+def test_list_and_verify(saved: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every step is read and compared, nothing is changed, and a step under way is left alone."""
+    other = Checkpoints(tmp_path / "method" / "seed_0")
+    other.save(5, {}, {"round": 5, "wall_time_s": 2.5})
+    flip_bit(biggest(saved, 2))
+    (saved.directory / "3" / "record").rename(saved.directory / "3" / "elsewhere")
+    partial = saved.directory / "4.orbax-checkpoint-tmp"
+    partial.mkdir()
+    before = sorted(path for path in tmp_path.rglob("*"))
+    assert main(["checkpoints", str(tmp_path)]) == 1
+    assert sorted(path for path in tmp_path.rglob("*")) == before
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == str(tmp_path / "method" / "seed_0")
+    assert lines[1].startswith("  5: good, ") and lines[1].endswith("MiB, round 5, wall_time_s 2.5")
+    assert lines[2] == str(saved.directory)
+    assert lines[3].startswith("  3: DAMAGED: it cannot be read")
+    assert lines[4].startswith("  2: DAMAGED: its data do not have the digest they were saved with, 0.0")
+    assert lines[5].startswith("  1: good, ") and len(lines) == 6
+    saved.restore(state())
+    assert main(["checkpoints", str(tmp_path)]) == 0
+    assert sum("put aside as damaged" in line for line in capsys.readouterr().out.splitlines()) == 2
+
+
+def test_listing_tells_what_it_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["checkpoints"]) == 2 and main(["checkpoints", "--help"]) == 0
+    assert capsys.readouterr().out.count("usage: python -m l2t_jax.checkpoints WORKDIR") == 2
+    for missing in (tmp_path, tmp_path / "absent"):
+        assert main(["checkpoints", str(missing)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: there is no checkpoint below") and said.count("\n") == 1

@@ -1,11 +1,8 @@
 """`python -m experiments.classification` as a user meets it: files, resuming, failures, bad input."""
 
 import json
-import os
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import chex
@@ -16,7 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 
 from experiments import _flags, classification
-from experiments._run import example_inputs
+from experiments._setting import example_inputs
 from experiments.presets import PRESETS
 from l2t_jax import data
 from l2t_jax.checkpoints import Checkpoints
@@ -111,7 +108,7 @@ def test_transfer_is_taught_by_the_frozen_teacher(finished):
     dataset = data.load("digits")
     student, task = classification.build_student(config, dataset), classification.image_classification(dataset)
     taught = {}
-    for entry in classification.build_entries(config, student, task)[:2]:
+    for entry in classification.build_entries(config, student, task, 10)[:2]:
         fresh = entry.method.init(jax.random.key(0), example_inputs(dataset))
         checkpoints = Checkpoints(finished / "checkpoints" / entry.name / "seed_1")
         taught[entry.name] = checkpoints.restore(fresh).state
@@ -136,28 +133,6 @@ def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     assert "settings.dln_lr: there 0.001, asked 0.5" in capsys.readouterr().err
     assert launch(*SMALL, f"--workdir={finished}", "--resume") == 0
     assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
-
-
-def test_killed_and_resumed_is_bit_identical(tmp_path):
-    """SIGKILL in the midst of training, twice; then the same numbers, metrics and parameters as without."""
-    arguments = ["--rounds=20", "--unroll_length=2", "--width=8", "--seeds=1,", "--checkpoint_seconds=0"]
-    assert launch(*arguments, f"--workdir={tmp_path / 'whole'}") == 0
-    killed = tmp_path / "killed"
-    command = [sys.executable, "-m", "experiments.classification", *arguments, f"--workdir={killed}"]
-    for lines, extra in ((2, []), (24, ["--resume"])):
-        with subprocess.Popen([*command, *extra], cwd=ROOT, stderr=subprocess.DEVNULL) as process:
-            deadline = time.monotonic() + 120
-            metrics = killed / "metrics.jsonl"
-            while not metrics.exists() or metrics.read_bytes().count(b"\n") < lines:
-                assert process.poll() is None and time.monotonic() < deadline, "it ended before it could be killed"
-                time.sleep(0.005)
-            os.kill(process.pid, signal.SIGKILL)
-    assert not (killed / "summary.json").exists()
-    done = subprocess.run([*command, "--resume"], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    assert numbers(killed) == numbers(tmp_path / "whole")
-    assert last_checkpoints(killed) == last_checkpoints(tmp_path / "whole")
-    assert (killed / "metrics.jsonl").read_bytes() == (tmp_path / "whole" / "metrics.jsonl").read_bytes()
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -188,10 +163,10 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
     def task_with_holes(dataset):
         task = build(dataset)
 
-        def gather(data, indices, key):
+        def gather(data, indices, keys):
             import jax.numpy as jnp
 
-            batch = task.gather(data, jnp.where(indices == 2**30, 0, indices), key)
+            batch = task.gather(data, jnp.where(indices == 2**30, 0, indices), keys)
             hole = (indices == 2**30)[..., None, None, None]
             return batch._replace(inputs=jnp.where(hole, jnp.nan, batch.inputs))
 
@@ -240,6 +215,13 @@ BAD = {
     "--seeds=1,1": "neither a count",
     "--seeds=x": "neither a count",
     "--resume": "add --workdir",
+    "--devices=0": "not a positive integer",
+    "--devices=9999": "devices",
+    "--shard=sedes": "Did you mean seeds?",
+    "--seeds_at_once=0": "not a positive integer",
+    "--num_processes=2": "go together",
+    "--coordinator=here:1 --num_processes=2 --process_id=2": "give 0 to 1",
+    "--coordinator=auto": "did not find each other",
     "--shortcut=b": "are of the ResNets",
     "--student=resnet8 --head_grid=3": "does not divide",
     "--dataset=mnist --data_dir=/nonexistent": "run once with --download",

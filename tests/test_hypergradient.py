@@ -118,11 +118,11 @@ def test_matches_recursion_plain_autodiff_and_finite_differences(memory, length,
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_any_optimizer(name, x64):
-    """Nested takes the steps of mixed, with the optimizer that keeps most it is tried as well."""
+    """Nested takes the steps of mixed, remat those of save: with the optimizer that keeps most they are tried too."""
     optimizer = OPTIMIZERS[name]
     inner, outer, *arguments = problem(3, optimizer)
     plain = plain_autodiff(inner, outer, optimizer, *arguments)
-    for memory in OURS if name == "adam" else ("mixed", "linearize"):
+    for memory in (*OURS, "remat") if name == "adam" else ("mixed", "linearize"):
         ours = jax.jit(hypergradient(inner, outer, optimizer, memory=memory))(*arguments).gradient
         chex.assert_trees_all_close(ours, plain, rtol=1e-10, atol=1e-12, custom_message=memory)
 
@@ -144,7 +144,7 @@ def test_flows_through_auxiliary_state(x64):
     state = state._replace(batch_stats={"norm": state.batch_stats, "steps": jnp.array(0)})
     arguments = (phi, state, batches, validation)
     plain = plain_autodiff(counted, outer, SGD, *arguments)
-    for memory in OURS:
+    for memory in (*OURS, "remat"):
         ours = jax.jit(hypergradient(counted, outer, SGD, memory=memory))(*arguments)
         chex.assert_trees_all_close(ours.gradient, plain, rtol=1e-10, atol=1e-12, custom_message=memory)
         assert ours.metrics == 3

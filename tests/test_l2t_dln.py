@@ -27,16 +27,6 @@ READ_GRADIENT = optax.GradientTransformation(
 )
 
 
-def small_loss():
-    """Cross entropy scaled and bent by two parameters: a loss whose every derivative is alive."""
-
-    def apply(params, outputs, targets):
-        plain = toy.task.error(outputs, targets)
-        return jax.nn.softplus(params["scale"]) * plain + params["bend"] * jnp.tanh(plain) ** 2
-
-    return Loss(lambda key: {"scale": jnp.array(0.5), "bend": jnp.array(0.1)}, apply)
-
-
 def batches_of(round, stages):
     return RoundBatches(
         train=toy.batch(10 * round, stages, N, 6),
@@ -48,7 +38,7 @@ def batches_of(round, stages):
 def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
     teacher = coordinate_lstm(GAMMA) if teacher is None else teacher
     method = l2t_dln(
-        toy.student, toy.task, small_loss(), teacher, SGD, teacher_optimizer, second_stage=second_stage, **knobs
+        toy.student, toy.task, toy.small_loss(), teacher, SGD, teacher_optimizer, second_stage=second_stage, **knobs
     )
     return method, method.init(jax.random.key(0), jnp.zeros((2, 5)))
 
@@ -56,7 +46,7 @@ def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
 def reference(second_stage, tau, state, flow):
     """Two rounds as one function of tau; in the second, derivatives flow through Eq. 8's constants where flow is 1."""
     stages = STAGES[second_stage]
-    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
     step, teacher = student_step(plain_gradient(inner), SGD), coordinate_lstm(GAMMA)
     differentiate = hypergradient(inner, outer, SGD, memory="save")
 
@@ -101,7 +91,7 @@ def test_teacher_gradient_is_gamma_times_the_vjp(second_stage, x64):
     method, state = build(second_stage)
     b = batches_of(0, STAGES[second_stage])
     after, _ = jax.jit(method.round)(state, b)
-    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
     differentiate = hypergradient(inner, outer, SGD, memory="remat")
     data = [jax.tree.map(lambda x, s=s: x[s], (b.train, b.validation)) for s in (0, -1)]
     first = differentiate(state.loss, state.student, *data[0])
@@ -198,7 +188,7 @@ def test_optax_teacher_descends_the_hypergradient():
     """One round with plain SGD as the teacher: phi' = phi - gamma d, and nothing for Eq. 8 to learn."""
     method, state = build("restart", teacher=TEACHERS["sgd"](GAMMA))
     after, metrics = jax.jit(method.round)(state, batches_of(0, 1))
-    inner, outer = inner_objective(toy.student, small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
     one = jax.tree.map(lambda x: x[0], batches_of(0, 1)[:2])
     d = hypergradient(inner, outer, SGD)(state.loss, state.student, *one).gradient
     chex.assert_trees_all_close(after.loss, jax.tree.map(lambda p, g: p - GAMMA * g, state.loss, d), rtol=1e-5)

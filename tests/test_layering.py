@@ -11,13 +11,13 @@ LAYERS = (  # lowest first; rooms of one layer do not import each other, except 
     {"convolution"},
     {"losses", "students"},
     {"teachers"},
-    {"data"},
+    {"data", "order"},
     {"tasks"},
     {"unroll"},
     {"memory"},
     {"hypergradient"},
     {"methods"},
-    {"checkpoints", "records", "plots", "progress"},
+    {"parallel", "checkpoints", "records", "plots", "progress"},
     {"training"},
 )
 DOORS = {"orbax": "checkpoints.py", "matplotlib": "plots.py", "tensorflow_datasets": "data.py", "rich": "progress.py"}

@@ -179,3 +179,15 @@ def test_nested_and_linearize_are_exact(length, x64):
     assert abs(results["save"].gradient) > 1e-3 and results["save"].losses.shape == (length,)
     chex.assert_trees_all_close(results["nested"], results["save"], rtol=1e-12)
     chex.assert_trees_all_close(results["linearize"], results["save"], rtol=1e-12)
+
+
+def test_auto_shares_the_device_among_those_at_once(monkeypatch, caplog):
+    """What fits once need not fit five times side by side."""
+    monkeypatch.setattr(memory, "device_bytes", lambda: 4 * predicted("deep", FASTEST["deep"], 16))
+    with caplog.at_level(logging.INFO, "l2t_jax.memory"):
+        for at_once in (1, 2, 5):
+            compute = hypergradient(inner, outer, OPTIMIZERS["sgd"], memory="auto", at_once=at_once)
+            jax.eval_shape(compute, *shapes("deep", 16))
+    taken = [re.search(r"takes (\w+)", line)[1] for line in caplog.messages]
+    assert taken == [FASTEST["deep"], FASTEST["deep"], "nested"]
+    assert "for each of 5 at once" in caplog.messages[2]

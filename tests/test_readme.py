@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from experiments._run import percent
+from experiments._report import percent
 
 RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.json"))
 README = (Path(__file__).parents[1] / "README.md").read_text()

@@ -20,7 +20,7 @@ from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Run, Schedule, compile_rounds, train
+from l2t_jax.training import Run, Schedule, compile_rounds, some_rounds, train
 from l2t_jax.types import Loss
 from l2t_jax.unroll import inner_objective, outer_objective
 
@@ -44,7 +44,7 @@ class Counted:
         method = l2t_dln(self.student, self.task, self.loss, self.teacher, SGD, ADAM, second_stage=second_stage)
         self.method, self.traces, self.gathered = method._replace(round=self.round), 0, []
         self.one_round = method.round
-        self.execute = compile_rounds(self.method, self.task._replace(gather=self.gather), augment=True)
+        self.execute = compile_rounds(self.method, self.task._replace(gather=self.gather), augment=True).call
         self.schedule = Schedule(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
         self.data = jax.device_put({"images": IMAGES, "labels": LABELS})
 
@@ -52,14 +52,13 @@ class Counted:
         self.traces += 1
         return self.one_round(state, batches)
 
-    def gather(self, data, indices, key):
+    def gather(self, data, indices, keys):
         self.gathered.append(indices.shape)
-        return self.task.gather(data, indices, key)
+        return self.task.gather(data, indices, keys)
 
     def inputs(self, seed, begin, count):
         """On the device, all that `execute` takes beside the state."""
-        dispatch, key = training._dispatch(seed, begin, count, self.schedule), jax.random.key(seed)
-        return self.data, *jax.device_put((dispatch, key))
+        return self.data, jax.device_put(training._dispatch(seed, begin, count, self.schedule))
 
     def state(self, seed):
         return self.method.init(jax.random.key(seed), jnp.zeros((2, 4, 4, 1)))
@@ -91,8 +90,8 @@ def test_nothing_is_computed_twice(second_stage):
     method = l2t_dln(toy.student, toy.task, loss, teacher, SGD, ADAM, second_stage=second_stage, memory="mixed")
     state, phi = method.init(jax.random.key(0), jnp.zeros((2, 5))), loss.init(jax.random.key(1))
     schedule = Schedule(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
-    execute = compile_rounds(method, toy.task, augment=False)
-    rounds = count(execute, state, toy.batch(0, EXAMPLES), training._dispatch(0, 0, 3, schedule), jax.random.key(0))
+    execute = some_rounds(method, toy.task, augment=False)
+    rounds = count(execute, state, toy.batch(0, EXAMPLES), training._dispatch(0, 0, 3, schedule))
 
     inner, outer = inner_objective(toy.student, loss), outer_objective(toy.student, toy.task)
     one = count(
@@ -122,24 +121,21 @@ def test_a_run_its_resumption_and_other_seeds_share_one_program(tmp_path):
         lambda params, outputs, targets: toy.task.error(outputs * params["temperature"], targets),
     )
     method = l2t_dln(toy.student, toy.task, loss, TEACHERS["adam"](0.01), SGD, ADAM)
-    execute, traces = (
-        compile_rounds(method._replace(round=lambda *a: traces.append(a) or method.round(*a)), toy.task, False),
-        [],
-    )
-    rows = []
+    rows, traces = [], []
+    program = compile_rounds(method._replace(round=lambda *a: traces.append(a) or method.round(*a)), toy.task, False)
 
     def run(seed, rounds):
         state = method.init(jax.random.key(seed), jnp.zeros((2, 5)))
         nothing = lambda *_: None  # noqa: E731
         folder = Checkpoints(tmp_path / str(seed))
         one = Run("toy", seed, state, folder, rows.extend, nothing, nothing, (), nothing, nothing, 0.0)
-        train(one, Schedule(rounds, N, B, V, 0.5, EXAMPLES, 2), execute, toy.batch(0, EXAMPLES))
+        train([one], Schedule(rounds, N, B, V, 0.5, EXAMPLES, 2), program, toy.batch(0, EXAMPLES))
         folder.close()
 
     for seed, rounds in ((0, 4), (0, 6), (1, 3)):
         run(seed, rounds)
     assert [(row["seed"], row["round"]) for row in rows] == [(0, r) for r in range(6)] + [(1, r) for r in range(3)]
-    assert len(traces) == execute._cache_size() == 1
+    assert len(traces) == program.call._cache_size() == 1
 
 
 def test_benchmark_of_a_round(tmp_path, capsys):
@@ -160,10 +156,10 @@ def test_benchmark_of_a_round(tmp_path, capsys):
 
 def test_benchmark_maps_rounds_over_seeds():
     """Each seed trains as it does alone, on data of its own out of the images that all share."""
-    workload, teacher = benchmark.WORKLOADS["w3"], TEACHERS["adam"](1e-3)
+    workload, teacher = "w3", TEACHERS["adam"](1e-3)
     alone, state, arguments, _ = benchmark._rounds(workload, teacher, 1, "restart", 1, 1, "mixed")
     together, states, several, _ = benchmark._rounds(workload, teacher, 1, "restart", 1, 2, "mixed")
-    one = alone(state, *arguments)[1]["validation_error"]
+    one = jax.jit(alone)(state, *arguments)[1]["validation_error"]
     both = jax.vmap(together, benchmark._axes(benchmark.ROUND, (states, *several)))(states, *several)
     np.testing.assert_allclose(both[1]["validation_error"][0], one, rtol=1e-5)
     assert abs(both[1]["validation_error"][1] - one) > 1e-3

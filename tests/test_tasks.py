@@ -63,7 +63,7 @@ def test_every_crop_is_one_of_the_padded_image_and_all_occur() -> None:
     crops = all_crops(image)
     assert len(crops) == 2 * 9 * 9
     many = jnp.broadcast_to(image, (3, 700, *image.shape))
-    made = np.asarray(jax.jit(crop_and_flip)(many, jax.random.key(1)))
+    made = np.asarray(jax.jit(crop_and_flip)(many, jax.random.split(jax.random.key(1), (3, 700))))
     assert made.shape == many.shape and made.dtype == np.uint8
     found = [crops[one.tobytes()] for one in made.reshape(-1, *image.shape)]  # KeyError: not a crop
     assert len(set(found)) > 155  # 2100 draws of 162, each missed with probability 2e-6
@@ -72,7 +72,7 @@ def test_every_crop_is_one_of_the_padded_image_and_all_occur() -> None:
 
 def test_augmentation_depends_on_the_key_and_on_nothing_else(task: Task) -> None:
     gather, indices = jax.jit(task.gather), np.arange(12).reshape(3, 4)
-    one, same, other = (gather(DATA, indices, jax.random.key(k)).inputs for k in (0, 0, 1))
+    one, same, other = (gather(DATA, indices, jax.random.split(jax.random.key(k), (3, 4))).inputs for k in (0, 0, 1))
     np.testing.assert_array_equal(one, same)
     assert (one != other).mean() > 0.5
     plain = gather(DATA, indices, None).inputs
@@ -80,7 +80,7 @@ def test_augmentation_depends_on_the_key_and_on_nothing_else(task: Task) -> None
 
 
 def test_padding_is_black_before_normalisation(task: Task) -> None:
-    inputs = np.asarray(jax.jit(task.gather)(DATA, np.zeros(50, int), jax.random.key(0)).inputs)
+    inputs = np.asarray(jax.jit(task.gather)(DATA, np.zeros(50, int), jax.random.split(jax.random.key(0), 50)).inputs)
     raw = np.rint(inputs * STD + MEAN).astype(np.uint8)
     crops = all_crops(IMAGES[0])
     assert all(one.tobytes() in crops for one in raw)
@@ -91,7 +91,9 @@ def test_padding_is_black_before_normalisation(task: Task) -> None:
 
 def test_data_that_ask_for_no_augmentation_get_none() -> None:
     task = TASKS["image_classification"](dataclasses.replace(DATASET, augment=False))
-    plain, keyed = (task.gather(DATA, np.arange(5), key).inputs for key in (None, jax.random.key(0)))
+    plain, keyed = (
+        task.gather(DATA, np.arange(5), key).inputs for key in (None, jax.random.split(jax.random.key(0), 5))
+    )
     np.testing.assert_array_equal(plain, keyed)
 
 

@@ -1,5 +1,8 @@
 """The outer loop: dispatches change nothing, interruptions lose nothing, failures are named."""
 
+import dataclasses
+import functools
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -11,8 +14,9 @@ import toy
 from l2t_jax import training
 from l2t_jax.checkpoints import Checkpoints
 from l2t_jax.methods import METHODS
+from l2t_jax.parallel import Layout
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Run, Schedule, compile_rounds, train
+from l2t_jax.training import Run, Schedule, StoppedError, compile_rounds, train
 from l2t_jax.types import Loss, Teacher
 
 EXAMPLES, ROUNDS = 60, 7
@@ -28,10 +32,11 @@ SCHEDULE = Schedule(
 DATA = toy.batch(9, EXAMPLES)
 
 
-def noisy_gather(data, indices, key):
+def noisy_gather(data, indices, keys):
     """An augmentation that draws at random, so that a draw that depended on the dispatch would show."""
     batch = toy.task.gather(data, indices, None)
-    return batch._replace(inputs=batch.inputs + 0.1 * jax.random.normal(key, batch.inputs.shape))
+    noise = jax.vmap(lambda key: jax.random.normal(key, batch.inputs.shape[-1:]))(keys.reshape(-1))
+    return batch._replace(inputs=batch.inputs + 0.1 * noise.reshape(batch.inputs.shape))
 
 
 NOISY = toy.task._replace(gather=noisy_gather)
@@ -73,7 +78,7 @@ class Runner:
         )
         self.path, self.rows, self.stop_after, self.seed = path, [], stop_after, seed
         self.snapshots, self.lines = {}, []
-        self.execute = compile_rounds(self.method, NOISY, augment=True)
+        self.program = compile_rounds(self.method, NOISY, augment=True)
 
     def write(self, rows):
         self.rows += rows
@@ -85,7 +90,10 @@ class Runner:
         self.rows = [row for row in self.rows if row["round"] < done]
 
     def train(self):
-        run = Run(
+        return train([self.run()], SCHEDULE, self.program, DATA)[0]
+
+    def run(self):
+        return Run(
             name="l2t_dln",
             seed=self.seed,
             state=self.method.init(jax.random.key(self.seed), jnp.zeros((2, 5))),
@@ -98,7 +106,6 @@ class Runner:
             report=self.lines.append,
             checkpoint_seconds=0.0,
         )
-        return train(run, SCHEDULE, self.execute, DATA)
 
 
 @pytest.fixture(scope="module")
@@ -106,12 +113,12 @@ def whole(tmp_path_factory):
     """An uninterrupted run, one round a dispatch."""
     runner = Runner(tmp_path_factory.mktemp("whole"))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training, "_count", lambda durations, done, rounds, stops: 1)
+        patch.setattr(training, "_wanted", lambda durations: 1)
         return runner, runner.train()
 
 
 def test_rounds_divide_into_dispatches_in_any_way(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_count", lambda durations, done, rounds, stops: min(4, rounds - done))
+    monkeypatch.setattr(training, "_wanted", lambda durations: 4)
     runner = Runner(tmp_path)
     outcome = runner.train()
     chex.assert_trees_all_equal(outcome.state, whole[1].state)
@@ -120,13 +127,14 @@ def test_rounds_divide_into_dispatches_in_any_way(whole, tmp_path, monkeypatch):
     assert [row["student_steps"] for row in runner.rows] == [2 * (r + 1) for r in range(ROUNDS)]
 
 
-def test_dispatches_stop_at_snapshots_and_at_the_end():
-    fast = [1.0, 1e-6]
-    assert training._count([], 0, 100, (0, 20, 100)) == training._count([1.0], 1, 100, (0, 20, 100)) == 1
-    assert training._count(fast, 2, 100, (0, 20, 100)) == 18
-    assert training._count(fast, 20, 100, (0, 20, 100)) == training.MOST_ROUNDS
-    assert training._count(fast, 96, 100, (0, 20, 100)) == 4
-    assert training._count([1.0, 60.0], 2, 100, (100,)) == 1
+def test_dispatches_last_about_a_second_and_stop_at_snapshots_and_at_the_end():
+    assert training._wanted([]) == training._wanted([1.0]) == training._wanted([1.0, 60.0]) == 1
+    assert training._wanted([1.0, 0.1]) == 10
+    assert training._wanted([1.0, 1e-6]) == training.MOST_ROUNDS
+    schedule = dataclasses.replace(SCHEDULE, rounds=100)
+    run = Run("toy", 0, *[None] * 5, (0, 20, 100), *[None] * 3)
+    counts = {done: training._Progress(run, done, 0.0).count(32, schedule) for done in (0, 2, 20, 96, 100)}
+    assert counts == {0: 20, 2: 18, 20: 32, 96: 4, 100: 0}
 
 
 def test_snapshots_are_taken_where_asked(whole):
@@ -138,7 +146,7 @@ def test_snapshots_are_taken_where_asked(whole):
 
 @pytest.mark.parametrize("stop_after", range(1, ROUNDS + 1))
 def test_interrupted_anywhere_and_resumed_is_bit_identical(whole, tmp_path, stop_after, monkeypatch):
-    monkeypatch.setattr(training, "_count", lambda durations, done, rounds, stops: min(2, rounds - done))
+    monkeypatch.setattr(training, "_wanted", lambda durations: 2)
     runner = Runner(tmp_path, stop_after=stop_after)
     with pytest.raises(KeyboardInterrupt):
         runner.train()
@@ -148,7 +156,7 @@ def test_interrupted_anywhere_and_resumed_is_bit_identical(whole, tmp_path, stop
 
 
 def test_damaged_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, monkeypatch):
-    monkeypatch.setattr(training, "_count", lambda durations, done, rounds, stops: 1)
+    monkeypatch.setattr(training, "_wanted", lambda durations: 1)
     runner = Runner(tmp_path)
     runner.train()
     newest = tmp_path / str(ROUNDS)
@@ -164,7 +172,7 @@ def test_damaged_checkpoint_is_named_and_the_one_before_used(whole, tmp_path, mo
 
 @pytest.mark.parametrize("leaf", ["temperature", "unused"])
 def test_not_finite_is_named_and_the_last_good_state_kept(whole, tmp_path, leaf, monkeypatch):
-    monkeypatch.setattr(training, "_count", lambda durations, done, rounds, stops: min(2, rounds - done))
+    monkeypatch.setattr(training, "_wanted", lambda durations: 1)
     runner = Runner(tmp_path, teacher=sabotaged(4, leaf))
     outcome = runner.train()
     assert outcome.failure == (4, "DLN update", leaf)
@@ -195,3 +203,74 @@ def test_schedule_counts_epochs():
 def test_schedule_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="fewer than batch_size=31"):
         Schedule(1, 1, 31, 5, 0.5, EXAMPLES, 1)
+
+
+POISON = EXAMPLES - 1  # the example that the test below makes NaN
+
+
+def test_a_seed_that_diverges_never_touches_those_beside_it(tmp_path, monkeypatch):
+    """Three seeds in one program; the one in the middle meets a NaN. The others end as they do without it."""
+    real, data = training._dispatch, DATA._replace(inputs=DATA.inputs.at[POISON].set(jnp.nan))
+
+    def dispatch(poisoned, seed, done, count, schedule):
+        given = real(seed, done, count, schedule)
+        safe = given._replace(
+            **{name: np.minimum(getattr(given, name), POISON - 1) for name in ("train", "validation")}
+        )
+        late = poisoned and seed == 1
+        hole = np.where((given.round >= 2)[:, None, None], POISON, safe.validation)
+        return safe._replace(validation=hole) if late else safe
+
+    def group(folder, poisoned):
+        monkeypatch.setattr(training, "_dispatch", functools.partial(dispatch, poisoned))
+        runners = [Runner(folder / str(seed), seed=seed) for seed in range(3)]
+        program = compile_rounds(runners[0].method, NOISY, True, Layout(3))
+        return runners, train([runner.run() for runner in runners], SCHEDULE, program, data)
+
+    runners, outcomes = group(tmp_path / "with", True)
+    clean, expected = group(tmp_path / "without", False)
+    assert outcomes[1].failure == (2, "validation error of stage one", "e_val")
+    assert [row["round"] for row in runners[1].rows] == [0, 1, 2]
+    chex.assert_tree_all_finite(outcomes[1].state.student.params)
+    for i in (0, 2):
+        assert outcomes[i].failure is None and runners[i].rows == clean[i].rows and len(clean[i].rows) == ROUNDS
+        chex.assert_trees_all_equal(outcomes[i].state, expected[i].state)
+        chex.assert_trees_all_equal(runners[i].snapshots, clean[i].snapshots)
+    monkeypatch.setattr(training, "_dispatch", functools.partial(dispatch, False))
+    single = compile_rounds(runners[0].method, NOISY, True)
+    (alone,) = train([Runner(tmp_path / "alone", seed=2).run()], SCHEDULE, single, data)
+    chex.assert_trees_all_close(alone.state, expected[2].state, rtol=1e-5, atol=1e-6)
+
+
+def test_seeds_one_after_another_are_bit_equal_to_single_runs(whole, tmp_path):
+    """Whatever ran before in the same program."""
+    other, again = Runner(tmp_path / "other", seed=5), Runner(tmp_path / "again")
+    again.program = other.program
+    other.train()
+    chex.assert_trees_all_equal(again.train().state, whole[1].state)
+    assert again.rows == whole[0].rows
+
+
+def test_a_group_goes_on_from_where_each_of_its_runs_was(whole, tmp_path, monkeypatch):
+    """An interruption between the saves of a group leaves them at different rounds."""
+    monkeypatch.setattr(training, "_wanted", lambda durations: 2)
+    ahead = Runner(tmp_path / "0", stop_after=4)
+    with pytest.raises(KeyboardInterrupt):
+        ahead.train()
+    behind = Runner(tmp_path / "1", seed=1)
+    program = compile_rounds(ahead.method, NOISY, True, Layout(2))
+    outcomes = train([ahead.run(), behind.run()], SCHEDULE, program, DATA)
+    chex.assert_trees_all_close(outcomes[0].state, whole[1].state, rtol=1e-5, atol=1e-6)
+    for runner in (ahead, behind):
+        assert [row["round"] for row in runner.rows] == list(range(ROUNDS))
+
+
+def test_a_wish_to_stop_is_granted_after_the_dispatch_and_loses_nothing(whole, tmp_path, monkeypatch):
+    monkeypatch.setattr(training, "_wanted", lambda durations: 2)
+    runner, asked = Runner(tmp_path), iter([False, True])
+    with pytest.raises(StoppedError):
+        train([runner.run()._replace(checkpoint_seconds=1e9)], SCHEDULE, runner.program, DATA, lambda: next(asked))
+    assert len(runner.rows) == 3  # a dispatch of 2 rounds and one up to the snapshot at 3
+    assert Checkpoints(tmp_path).restore(runner.run().state).step == 3
+    chex.assert_trees_all_equal(runner.train().state, whole[1].state)
+    assert runner.rows == whole[0].rows

@@ -6,7 +6,7 @@ import optax
 from flax import linen as nn
 
 from l2t_jax.students import from_linen
-from l2t_jax.types import Batch, Task
+from l2t_jax.types import Batch, Loss, Task
 
 CLASSES = 3
 
@@ -14,10 +14,12 @@ CLASSES = 3
 class Network(nn.Module):
     """Dense, BatchNorm, tanh, Dense: everything that makes a derivative go wrong, and smooth."""
 
+    axis_name: str | None = None
+
     @nn.compact
     def __call__(self, x, train):
         x = nn.Dense(4, name="hidden")(x)
-        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, name="norm")(x)
+        x = nn.BatchNorm(use_running_average=not train, momentum=0.9, axis_name=self.axis_name, name="norm")(x)
         return nn.Dense(CLASSES, name="output")(jnp.tanh(x))
 
 
@@ -25,8 +27,18 @@ student = from_linen(Network())
 task = Task(
     error=optax.softmax_cross_entropy_with_integer_labels,
     metrics=lambda outputs, targets: {"accuracy": jnp.argmax(outputs, -1) == targets},
-    gather=lambda data, indices, key: jax.tree.map(lambda x: x[indices], data),
+    gather=lambda data, indices, keys: jax.tree.map(lambda x: x[indices], data),
 )
+
+
+def small_loss():
+    """Cross entropy scaled and bent by two parameters: a loss whose every derivative is alive."""
+
+    def apply(params, outputs, targets):
+        plain = task.error(outputs, targets)
+        return jax.nn.softplus(params["scale"]) * plain + params["bend"] * jnp.tanh(plain) ** 2
+
+    return Loss(lambda key: {"scale": jnp.array(0.5), "bend": jnp.array(0.1)}, apply)
 
 
 def batch(key, *shape):

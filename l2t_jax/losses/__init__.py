@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 
+from l2t_jax.losses.checking import LossError, check_loss
 from l2t_jax.losses.common import fixed
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.dln import dln
@@ -21,7 +22,9 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 def fixed_losses() -> list[str]:
     """Names of the losses without parameters: those a student can be trained with as they are."""
-    return [name for name, build in LOSSES.items() if not jax.tree.leaves(build().init(jax.random.key(0)))]
+    # Traced only: a command asks before it has chosen its devices, and nothing may be computed until then.
+    shapes = {name: jax.eval_shape(lambda b=build: b().init(jax.random.key(0))) for name, build in LOSSES.items()}
+    return [name for name, shape in shapes.items() if not jax.tree.leaves(shape)]
 
 
-__all__ = ["LOSSES", "fixed", "fixed_losses"]
+__all__ = ["LOSSES", "LossError", "check_loss", "fixed", "fixed_losses"]

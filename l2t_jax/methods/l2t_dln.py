@@ -31,6 +31,7 @@ def l2t_dln(
     learn: bool = True,
     memory: str = "auto",
     axis_name: str | None = None,
+    at_once: int = 1,
 ) -> Method:
     """Build L2T-DLN.
 
@@ -53,6 +54,7 @@ def l2t_dln(
       learn: False freezes tau: the transfer protocol, in which E and F are left out.
       memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
+      at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
     Returns:
       a `Method`. Its state is theta (with BatchNorm and optimizer state), phi, tau, h, and Adam's state.
     Raises:
@@ -64,7 +66,7 @@ def l2t_dln(
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
     inner, outer = inner_objective(student, loss), outer_objective(student, task)
-    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name)
+    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:

@@ -1,0 +1,179 @@
+"""What a run says at its end: the summary, the plots, the table. The test set is read here, once.
+
+Legend: G grid points of a surface's axis, R rows.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from experiments._setting import Entry, Setting, example_inputs
+from l2t_jax import plots
+from l2t_jax.losses.dln import Layer, pair_value
+from l2t_jax.records import Metrics, RunDirectory, load_arrays, write_json
+from l2t_jax.tasks.evaluation import evaluate
+from l2t_jax.training import Outcome
+
+SURFACE_POINTS = 41
+Outcomes = dict[tuple[str, int], Outcome | str]  # a string where a run could not even begin
+
+
+def report(setting: Setting, entries: list[Entry], outcomes: Outcomes, directory: RunDirectory) -> None:
+    """Write summary.json, a record that stands for itself (results, and what config.json holds), plot and print."""
+    summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
+    write_json(directory.path / "summary.json", summary)
+    _plot(setting, directory)
+    _print(summary, setting.options.workdir)
+
+
+def reason(outcome: Outcome | str) -> str | None:
+    """Why a run stopped early, if it did."""
+    if isinstance(outcome, str):
+        return outcome
+    return None if outcome.failure is None else str(outcome.failure)
+
+
+def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict[str, Any]:
+    config, schedule = setting.config, setting.schedule
+    test = jax.device_put({"images": setting.dataset.test_images, "labels": setting.dataset.test_labels})
+    methods = {}
+    for entry in entries:
+        results = [(seed, outcomes[(entry.name, seed)]) for seed in config.seeds]
+        methods[entry.name] = {
+            "test_accuracy": statistics([_test_accuracy(setting, outcome, test) for _, outcome in results]),
+            "student_steps": schedule.rounds * schedule.unroll_length * entry.method.steps_per_round,
+            "rounds": schedule.rounds,
+            "wall_time_s": sum(outcome.wall_time_s for _, outcome in results if isinstance(outcome, Outcome)),
+            "failed": [{"seed": seed, "reason": why} for seed, outcome in results if (why := reason(outcome))],
+        }
+    return {
+        "methods": methods,
+        "dataset": config.dataset,
+        "student": config.student,
+        "student_parameters": _parameters(setting),
+        "preset": config.preset,
+        "teacher": config.teacher,
+        "unroll_length": schedule.unroll_length,
+        "seeds": list(config.seeds),
+        "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }
+
+
+def statistics(per_seed: list[float | None]) -> dict[str, Any]:
+    """Mean and sample standard deviation over the seeds that finished; None where there are too few of them."""
+    values = [value for value in per_seed if value is not None]
+    return {
+        "mean": float(np.mean(values)) if values else None,
+        "std": float(np.std(values, ddof=1)) if len(values) > 1 else None,
+        "per_seed": per_seed,
+    }
+
+
+def _test_accuracy(setting: Setting, outcome: Outcome | str, test: dict[str, Any]) -> float | None:
+    if reason(outcome) or isinstance(outcome, str):
+        return None
+    return float(evaluate(setting.student, outcome.state.student.variables, test, setting.task)["accuracy"])
+
+
+def _parameters(setting: Setting) -> int:
+    variables = jax.eval_shape(setting.student.init, jax.random.key(0), example_inputs(setting.dataset))
+    return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
+
+
+def _plot(setting: Setting, directory: RunDirectory) -> None:
+    directory.plots_dir.mkdir(exist_ok=True)
+    rows = Metrics.read(directory.metrics.path)
+    what = f"{setting.config.dataset}, {setting.config.student}, preset {setting.config.preset}"
+    for name, label in (
+        ("validation_error", "validation error"),
+        ("validation_accuracy", "validation accuracy"),
+    ):
+        plots.learning_curves(
+            directory.plots_dir / f"{name}.png",
+            curves(rows, name),
+            ylabel=label,
+            title=f"{what}: {label} of the re-divided split",
+            log_y=name == "validation_error",
+        )
+    norms = {
+        f"{method}: {name.replace('_', ' ')}": curve
+        for name in ("hypergradient_norm", "dln_update_norm", "teacher_gradient_norm")
+        for method, curve in curves(rows, name).items()
+        if np.nanmax(curve[1], initial=0) > 0
+    }
+    if norms:
+        plots.norms(directory.plots_dir / "norms.png", norms, title=f"{what}: norms")
+    for folder in sorted(directory.snapshots_dir.glob("*/seed_*")):
+        _plot_surfaces(setting, directory, folder)
+
+
+def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
+    """Gather one metric by method: student steps [R], values [seeds, R] with NaN where a seed stopped early."""
+    found: dict[str, dict[int, dict[int, float]]] = {}
+    for row in rows:
+        if row.get(name) is not None:
+            found.setdefault(row["method"], {}).setdefault(row["seed"], {})[row["student_steps"]] = row[name]
+    gathered: plots.Curves = {}
+    for method, by_seed in found.items():
+        steps = sorted(set().union(*by_seed.values()))
+        values = [[series.get(step, np.nan) for step in steps] for series in by_seed.values()]
+        gathered[method] = (np.asarray(steps), np.asarray(values, dtype=float))
+    return gathered
+
+
+def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> None:
+    right, wrong = jnp.meshgrid(*(jnp.linspace(0, 1, SURFACE_POINTS),) * 2, indexing="ij")  # [G, G]
+    surfaces: list[tuple[str, Any]] = []
+    for path in sorted(folder.glob("round_*.npz")):
+        done = int(path.stem.removeprefix("round_"))
+        percentage = f"{100 * done / setting.schedule.rounds:.0f} % (round {done})"
+        share = {0: "start", setting.schedule.rounds: "end"}.get(done, percentage)
+        arrays = load_arrays(path)
+        depth = sum(name.endswith("/kernel") for name in arrays)
+        layers = [
+            Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
+            for i in range(depth)
+        ]
+        surfaces.append((share, np.asarray(pair_value(layers, right, wrong))))
+    added = " (added to cross entropy)" if setting.config.settings.residual else ""
+    name = f"surfaces_{folder.parent.name}_{folder.name}.png"
+    title = f"DLN{added}: {folder.parent.name}, {folder.name.replace('_', ' ')}"
+    plots.loss_surfaces(directory.plots_dir / name, surfaces, title=title)
+
+
+def _print(summary: dict[str, Any], workdir: str) -> None:
+    seeds = ", ".join(map(str, summary["seeds"]))
+    table = Table(title=f"{summary['dataset']}, {summary['student']}, preset {summary['preset']}, seeds {seeds}")
+    for column in ("method", "test accuracy, %", "student steps", "wall time, s"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for name, method in summary["methods"].items():
+        table.add_row(
+            name, percent(method["test_accuracy"]), str(method["student_steps"]), f"{method['wall_time_s']:.1f}"
+        )
+    console = Console()
+    console.print(table)
+    for name, method in summary["methods"].items():
+        for failed in method["failed"]:
+            console.print(
+                f"{name}, seed {failed['seed']} did not finish: {failed['reason']}", highlight=False, soft_wrap=True
+            )
+    console.print(
+        f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, checkpoints/)",
+        highlight=False,
+        soft_wrap=True,
+    )
+
+
+def percent(accuracy: dict[str, Any]) -> str:
+    """Write statistics of fractions as percentages, `97.22 ± 0.23`."""
+    if accuracy["mean"] is None:
+        return "-"
+    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
+    return f"{100 * accuracy['mean']:.2f}{spread}"

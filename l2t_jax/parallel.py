@@ -1,0 +1,309 @@
+"""Seeds, devices and processes: the only file that knows how many there are.
+
+A program computes several runs at once. On one device their states are stacked (vmap); over devices either every batch
+is divided (shard "batch": same numbers up to rounding, each device holding all states) or the runs are (shard "seeds":
+nothing is communicated). Everything else sees runs, one by one.
+
+Legend: G runs of a program, K of them on one device, D devices of all processes, L of this one, R rounds of a dispatch.
+"""
+
+import dataclasses
+import os
+from collections.abc import Callable
+from typing import Any, NamedTuple, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from l2t_jax.types import Array, Key, MethodState, PyTree
+
+AXIS = "devices"  # the mapped axis over which batches are divided
+SHARDS = ("batch", "seeds")
+T = TypeVar("T")
+
+
+class ParallelError(ValueError):
+    """A layout that cannot be had; one line says why and what to do."""
+
+
+class LostError(RuntimeError):
+    """Another process of this run has ended."""
+
+
+class Dispatch(NamedTuple):
+    """The host's input to some rounds of one run; rows past `wanted` are padding, so that one program serves any."""
+
+    train: Array | np.ndarray  # [R, S, N, B] int32
+    validation: Array | np.ndarray  # [R, S, V] int32
+    round: Array | np.ndarray  # [R] int32
+    first_of_epoch: Array | np.ndarray  # [R] bool
+    wanted: Array | np.int32  # [] rounds to run
+    key: Any  # uint32, data of a PRNG key, from which all random draws of the run come
+
+
+# (state, data, dispatch) -> state, metrics (leaves [R, ...]), rounds done []
+Rounds = Callable[[MethodState, PyTree, Dispatch], tuple[MethodState, PyTree, Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """How runs are spread: K on each device at once (vmap), D devices, and what is divided over them."""
+
+    seeds: int = 1
+    devices: int = 1
+    shard: str = "batch"
+
+    def __post_init__(self) -> None:
+        if self.shard not in SHARDS:
+            raise ParallelError(f"shard {self.shard!r} is unknown; choose one of {', '.join(SHARDS)}.")
+        if self.seeds < 1 or self.devices < 1:
+            raise ParallelError(f"{self.seeds} seeds on {self.devices} devices: both must be at least 1.")
+
+    @property
+    def runs(self) -> int:
+        """G."""
+        return self.seeds * (self.devices if self.shard == "seeds" else 1)
+
+    @property
+    def axis_name(self) -> str | None:
+        """What methods and students take means over."""
+        return AXIS if self.shard == "batch" and self.devices > 1 else None
+
+
+ONE = Layout()  # one run on one device
+
+
+def start(
+    devices: int, coordinator: str | None = None, processes: int | None = None, process: int | None = None
+) -> None:
+    """Join the processes of a run and prepare simulated devices. Call it before anything touches a device.
+
+    Args:
+      devices: D. On CPU so many are simulated; of accelerators the first D are taken.
+      coordinator: HOST:PORT of process 0, the same for all; "auto" asks the cluster's own environment (Slurm, Open MPI,
+        Kubernetes, Cloud TPU); None is a run of one process.
+      processes, process: how many there are and which this is, from 0 on; both with a HOST:PORT only.
+    Raises:
+      ParallelError: the three do not fit, or the processes do not find each other.
+    """
+    explicit = coordinator not in (None, "auto")
+    if explicit != (processes is not None) or explicit != (process is not None):
+        raise ParallelError("coordinator=HOST:PORT, num_processes and process_id go together: give all three or none.")
+    if explicit and not 0 <= (process or 0) < (processes or 0):
+        raise ParallelError(f"process_id={process} is not one of {processes}: give 0 to {(processes or 1) - 1}.")
+    if devices % (processes or 1):
+        raise ParallelError(f"{devices} devices cannot be shared evenly by {processes} processes.")
+    if devices > 1:
+        # Simulated devices wait for each other in threads of one pool, and for ever where it has fewer than there are.
+        os.environ.setdefault("NPROC", str(max(4 * devices, os.cpu_count() or 1)))
+        try:
+            jax.config.update("jax_num_cpu_devices", devices // (processes or 1))
+        except RuntimeError as error:
+            raise ParallelError("devices must be chosen before the first of them is used.") from error
+    if coordinator is None:
+        return
+    try:
+        # All three are None where the cluster says what they are.
+        jax.distributed.initialize(coordinator if explicit else None, processes, process)
+    except (RuntimeError, ValueError) as error:
+        raise ParallelError(f"the processes did not find each other ({_first_line(error)}).") from error
+
+
+def layout_of(seeds: int, devices: int, shard: str, seeds_at_once: int | None) -> Layout:
+    """The layout for so many seeds: side by side on an accelerator, one after another on a CPU, where vmap is slower.
+
+    Args:
+      seeds_at_once: on each device, instead of that choice.
+    """
+    if shard == "seeds":
+        devices = min(devices, seeds)
+    each = -(-seeds // devices) if shard == "seeds" else seeds
+    if seeds_at_once is None:
+        seeds_at_once = 1 if jax.default_backend() == "cpu" else each
+    return Layout(min(seeds_at_once, each), devices, shard)
+
+
+def check(layout: Layout, **sizes: int) -> None:
+    """Refuse a layout that the machine or the sizes of batches (name=examples) do not allow.
+
+    A mean over devices of means over equal parts is the mean; with unequal parts it is not, so these are refused.
+
+    Raises:
+      ParallelError: says what would do.
+    """
+    there = jax.device_count()
+    if layout.devices > there:
+        raise ParallelError(f"{layout.devices} devices were asked for, and there are {there}.")
+    if jax.process_count() > 1 and layout.shard == "seeds":
+        raise ParallelError('several processes divide batches (shard "batch"); run other seeds as runs of their own.')
+    if layout.devices % jax.process_count():
+        raise ParallelError(f"{layout.devices} devices cannot be shared evenly by {jax.process_count()} processes.")
+    if layout.axis_name is None:
+        return
+    for name, size in sizes.items():
+        if size % layout.devices:
+            lower = size - size % layout.devices
+            near = " or ".join(str(x) for x in (lower, lower + layout.devices) if x)
+            raise ParallelError(f"{name}={size} does not divide over {layout.devices} devices: give {near}.")
+
+
+def is_leader() -> bool:
+    """Whether this process is the one that reads and writes files."""
+    return jax.process_index() == 0
+
+
+def from_leader(tree: T) -> T:
+    """The leader's arrays and numbers, in every process; they must have one structure, shape and dtype everywhere."""
+    if jax.process_count() == 1:
+        return tree
+    from jax.experimental import multihost_utils
+
+    return multihost_utils.broadcast_one_to_all(tree)
+
+
+def leader_first(work: Callable[[], T]) -> T | None:
+    """Do `work` in the leader alone; where it fails there, every other process raises a LostError."""
+    error: Exception | None = None
+    result = None
+    if is_leader():
+        try:
+            result = work()
+        except Exception as caught:
+            error = caught
+    if not bool(from_leader(np.bool_(error is None))):
+        raise error or LostError("process 0 stopped; its message says why")
+    return result
+
+
+def anywhere(flag: bool) -> bool:
+    """Whether any process says so."""
+    if jax.process_count() == 1:
+        return flag
+    from jax.experimental import multihost_utils
+
+    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+
+
+def everywhere(axis_name: str | None, flag: Array) -> Array:
+    """Whether all devices of a mapped axis say so, so that a loop ends on all of them at once."""
+    return flag if axis_name is None else lax.pmin(flag.astype("int32"), axis_name) > 0
+
+
+def keys_of(key: Key, indices: Array, axis_name: str | None) -> Key:
+    """A key for each example [..., B], the same however the batches are divided over devices.
+
+    Args:
+      indices: [..., B / D]: this device's part.
+    """
+    if axis_name is None:
+        return jax.random.split(key, indices.shape)
+    part = indices.shape[-1]
+    whole = jax.random.split(key, (*indices.shape[:-1], part * lax.axis_size(axis_name)))
+    return lax.dynamic_slice_in_dim(whole, part * lax.axis_index(axis_name), part, axis=indices.ndim - 1)
+
+
+class Program:
+    """Some rounds of up to G runs at once, compiled once."""
+
+    def __init__(self, rounds: Rounds, layout: Layout) -> None:
+        """Take what one run does; with a `layout.axis_name` it must take its means over that axis."""
+        self.layout = layout
+        each = layout.devices // jax.process_count()
+        there = [[d for d in jax.devices() if d.process_index == p][:each] for p in range(jax.process_count())]
+        self._local = there[jax.process_index()]
+        function = jax.vmap(rounds, in_axes=(0, None, 0)) if layout.seeds > 1 else rounds
+        if layout.devices > 1:
+            devices = [device for process in there for device in process]
+            self._sharding = NamedSharding(Mesh(np.array(devices), (AXIS,)), PartitionSpec(AXIS))
+            self.call = jax.pmap(function, axis_name=AXIS, donate_argnums=0, devices=devices)
+        else:
+            self.call = jax.jit(function, donate_argnums=0)
+
+    def data(self, tree: PyTree) -> PyTree:
+        """What all runs read, on every device."""
+        if self.layout.devices == 1:
+            return jax.device_put(tree)
+        return self._put(jax.tree.map(lambda x: np.broadcast_to(x, (len(self._local), *np.shape(x))), tree))
+
+    def place(self, states: list[MethodState]) -> PyTree:
+        """The states of up to G runs, as a call takes them; what was given stays valid, since these are copies."""
+        return self._put(self._spread(_stack(self._filled(states))))
+
+    def __call__(
+        self, states: PyTree, data: PyTree, dispatches: list[Dispatch]
+    ) -> tuple[PyTree, list[PyTree], list[int]]:
+        """Run some rounds, and wait for them: simulated devices dead-lock where calls pile up.
+
+        Args:
+          states: of `place` or of the last call; donated.
+          dispatches: one for each run that was placed.
+        Returns:
+          states; for each run its metrics (NumPy, leaves [R, ...]) and the rounds it has done.
+        """
+        idle = dispatches[-1]._replace(wanted=np.int32(0))
+        stacked = _stack([*dispatches, *[idle] * (self.layout.runs - len(dispatches))])
+        try:
+            states, *results = jax.block_until_ready(self.call(states, data, self._divided(stacked)))
+        except jax.errors.JaxRuntimeError as error:
+            if jax.process_count() == 1:
+                raise
+            raise LostError(f"another process of this run has ended ({_first_line(error)})") from error
+        runs = [self.take(results, i) for i in range(len(dispatches))]
+        return states, [metrics for metrics, _ in runs], [int(done) for _, done in runs]
+
+    def take(self, results: PyTree, run: int) -> Any:
+        """One run's part of what a call returned, in NumPy."""
+        device, place = (0, run) if self.layout.axis_name else divmod(run, self.layout.seeds)
+
+        def leaf(x: Array) -> np.ndarray:
+            if self.layout.axis_name:
+                array = np.asarray(x.addressable_data(0))[0]  # all devices hold the same
+            else:
+                array = np.asarray(x)[device] if self.layout.devices > 1 else np.asarray(x)
+            return np.array(array[place] if self.layout.seeds > 1 else array)
+
+        return jax.tree.map(leaf, results)
+
+    def _put(self, tree: PyTree) -> PyTree:
+        """Put leaves where a call leaves its results: from elsewhere it would be compiled anew."""
+        if self.layout.devices == 1:
+            return jax.tree.map(jnp.array, tree)
+        return jax.tree.map(lambda x: jax.make_array_from_process_local_data(self._sharding, x), tree)
+
+    def _filled(self, runs: list[T]) -> list[T]:
+        return [*runs, *[runs[-1]] * (self.layout.runs - len(runs))]
+
+    def _spread(self, tree: PyTree) -> PyTree:
+        """Leaves [G, ...] in the form of a call, [D or L, K, ...], with no axis for one device or for one run on it."""
+        layout = self.layout
+        lead = (layout.devices,) * (layout.devices > 1 and layout.shard == "seeds") + (layout.seeds,) * (
+            layout.seeds > 1
+        )
+        tree = jax.tree.map(lambda x: x.reshape((*lead, *x.shape[1:])), tree)
+        if layout.axis_name is None:
+            return tree
+        return jax.tree.map(lambda x: np.stack([x] * len(self._local)), tree)
+
+    def _divided(self, dispatch: Dispatch) -> Dispatch:
+        """Spread the input, and leave to each device its part of every batch."""
+        spread = self._spread(dispatch)
+        if self.layout.axis_name is None:
+            return spread
+        first = jax.process_index() * len(self._local)
+
+        def part(x: np.ndarray) -> np.ndarray:  # [L, ..., B] -> [L, ..., B / D]
+            size = x.shape[-1] // self.layout.devices
+            return np.stack([y[..., (first + i) * size : (first + i + 1) * size] for i, y in enumerate(x)])
+
+        return spread._replace(train=part(spread.train), validation=part(spread.validation))
+
+
+def _stack(trees: list[T]) -> T:
+    return jax.tree.map(lambda *leaves: np.stack([np.asarray(leaf) for leaf in leaves]), *trees)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0][:200]

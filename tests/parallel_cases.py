@@ -1,0 +1,141 @@
+"""What test_parallel.py compares, computed on 8 simulated devices in a process of its own; prints one JSON object.
+
+Simulated devices must be there before JAX starts, and they change the thread pool of all that runs beside them.
+"""
+
+import json
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import toy
+
+from l2t_jax import hypergradient, parallel, training, unroll
+from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods.l2t_dln import l2t_dln
+from l2t_jax.parallel import AXIS, ONE, Layout
+from l2t_jax.students import from_linen
+from l2t_jax.types import Teacher
+
+ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64
+SCHEDULE = training.Schedule(9, N, B, V, 0.5, EXAMPLES, 2)
+
+
+def _teach(tau, memory, hypergradient, loss_params):
+    memory = jax.tree.map(lambda h, d: 0.5 * h + d, memory, hypergradient)
+    return jax.tree.map(lambda h: -jnp.exp(tau["log_rate"]) * h, memory), memory
+
+
+# A learned rate and a memory: all that devices could disturb in a teacher, and compiled sooner than an LSTM.
+TEACHER = Teacher(lambda key: {"log_rate": jnp.array(-2.0)}, lambda phi: jax.tree.map(jnp.zeros_like, phi), _teach)
+
+
+def noisy_gather(data, indices, keys):
+    """Every example gets noise of its own key, so that a draw that depended on the devices would show."""
+    batch = toy.task.gather(data, indices, None)
+    noise = jax.vmap(lambda key: jax.random.normal(key, batch.inputs.shape[-1:]))(keys.reshape(-1))
+    return batch._replace(inputs=batch.inputs + 0.1 * noise.reshape(batch.inputs.shape))
+
+
+def method(memory, axis_name):
+    """L2T-DLN with momentum, weight decay and BatchNorm; the teacher learns by SGD, so that its gradient shows."""
+    return l2t_dln(
+        from_linen(toy.Network(axis_name)),
+        toy.task,
+        toy.small_loss(),
+        TEACHER,
+        optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9)),
+        optax.sgd(1.0),
+        memory=memory,
+        axis_name=axis_name,
+    )
+
+
+def state(memory, seed):
+    initial = method(memory, None).init(jax.random.key(seed), jnp.zeros((2, 5)))
+    return toy.to_x64(initial)
+
+
+def run(memory, layout, seeds=(0,), counts=None):
+    """Some rounds of each seed: its state, and its metrics."""
+    task = toy.task._replace(gather=noisy_gather)
+    program = training.compile_rounds(method(memory, layout.axis_name), task, True, layout)
+    states = program.place([state(memory, seed) for seed in seeds])
+    counts = counts or [ROUNDS] * len(seeds)
+    dispatches = [training._dispatch(seed, 0, count, SCHEDULE) for seed, count in zip(seeds, counts, strict=True)]
+    states, metrics, done = program(states, program.data(toy.to_x64(toy.batch(9, EXAMPLES))), dispatches)
+    assert done == counts
+    return [(program.take(states, i), metrics[i]) for i in range(len(seeds))]
+
+
+def apart(found, reference):
+    """The largest difference, relative to the largest entry: a bias before BatchNorm has no gradient but rounding."""
+    leaves, references = jax.tree.leaves(found), jax.tree.leaves(reference)
+    largest = max(float(np.max(np.abs(b), initial=0)) for b in references)
+    return max(float(np.max(np.abs(a - b), initial=0)) for a, b in zip(leaves, references, strict=True)) / largest
+
+
+def part(result):
+    """By name, what must agree: everything a round gives."""
+    state, metrics = result
+    return {
+        "student": state.student.params,
+        "batch statistics": state.student.batch_stats,
+        "momentum": state.student.optimizer_state,
+        "loss": state.loss,
+        "teacher": state.teacher,
+        "hypergradient": metrics["hypergradient_norm"],
+        "teacher gradient": metrics["teacher_gradient_norm"],
+        "validation error": metrics["validation_error"],
+    }
+
+
+def compare(found, reference):
+    found, reference = part(found), part(reference)
+    return {name: apart(found[name], reference[name]) for name in found}
+
+
+def main():
+    out = {"devices": jax.device_count()}
+    reference = run("save", ONE)[0]
+    out["agree"] = {
+        f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference)
+        for memory in MEMORY_MODES
+        for d in (2, 4, 8)
+    }
+    out["together"] = compare(run("save", Layout(2, 2, "batch"), (3, 0))[1], reference)
+
+    others = [run("save", ONE, (seed,))[0] for seed in range(5)]
+    for name, layout in (("vmap", Layout(5)), ("devices", Layout(1, 5, "seeds")), ("both", Layout(2, 3, "seeds"))):
+        several = run("save", layout, range(5))
+        out[f"seeds, {name}"] = [compare(a, b) for a, b in zip(several, others, strict=True)]
+    some = run("save", Layout(4), (0, 1, 2), counts=[2, 1, 0])  # of unequal length, and one place empty
+    out["unequal"] = [
+        apart(some[0][0], others[0][0]),
+        apart(some[1][0], run("save", ONE, (1,), counts=[1])[0][0]),
+        apart(some[2][0], state("save", 2)),
+    ]
+
+    def canary(module, replacement):
+        real = module.mean_over
+        module.mean_over = replacement
+        try:
+            return compare(run("save", Layout(1, 2, "batch"))[0], reference)
+        finally:
+            module.mean_over = real
+
+    out["canaries"] = {
+        "psum of the hypergradient": canary(hypergradient, lambda axis, tree: jax.lax.psum(tree, AXIS)),
+        "no mean of the hypergradient": canary(hypergradient, lambda axis, tree: tree),
+        "psum of the student's gradient": canary(unroll, lambda axis, tree: jax.lax.psum(tree, AXIS)),
+        "no mean of the student's gradient": canary(unroll, lambda axis, tree: tree),
+    }
+    json.dump(out, sys.stdout)
+
+
+if __name__ == "__main__":
+    jax.config.update("jax_enable_x64", True)
+    parallel.start(8)
+    main()

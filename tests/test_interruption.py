@@ -1,0 +1,143 @@
+"""Whatever ends a run, nothing computed is lost and nothing comes twice: kills, signals, a full disk, a lost directory.
+
+KILLS=50 python -m pytest tests/test_interruption.py -k killed  kills more often than the suite does.
+"""
+
+import errno
+import json
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from test_experiments import last_checkpoints, launch, numbers
+
+from l2t_jax.records import Metrics
+
+ROOT = Path(__file__).parents[1]
+KILLS = int(os.environ.get("KILLS", "3"))
+ROUNDS = 20
+# A dispatch of a single round each, so that there are many saves to be interrupted.
+CODE = "from l2t_jax import training; training.MOST_ROUNDS = 1; from experiments import classification as c; c.cli()"
+COMMAND = [sys.executable, "-c", CODE, f"--rounds={ROUNDS}", "--unroll_length=2", "--width=8", "--seeds=1,"]
+LINES = 3 * ROUNDS  # of two protocols and of cross entropy
+
+
+def lines(workdir):
+    metrics = workdir / "metrics.jsonl"
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+
+def start(workdir, *flags, **options):
+    return subprocess.Popen(
+        [*COMMAND, f"--workdir={workdir}", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
+    )
+
+
+def wait_for(process, workdir, wanted):
+    """Until there are so many lines of metrics; False where the run ended before."""
+    deadline = time.monotonic() + 120
+    while lines(workdir) < wanted:
+        if process.poll() is not None:
+            return False
+        assert time.monotonic() < deadline, "it hangs"
+        time.sleep(0.002)
+    return True
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """The run without an interruption."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    with start(workdir, "--checkpoint_seconds=0") as process:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+    assert lines(workdir) == LINES
+    return workdir
+
+
+def assert_same(workdir, whole):
+    assert numbers(workdir) == numbers(whole)
+    assert last_checkpoints(workdir) == last_checkpoints(whole)
+    assert (workdir / "metrics.jsonl").read_bytes() == (whole / "metrics.jsonl").read_bytes()
+
+
+def finish(workdir):
+    with start(workdir, "--checkpoint_seconds=0", "--resume") as process:
+        assert process.wait(timeout=300) == 0, process.stderr.read()
+
+
+def test_killed_at_random_moments_and_resumed_is_bit_identical(whole, tmp_path):
+    """SIGKILL, also in the midst of saves; then the same numbers, metrics and parameters as without."""
+    workdir, moments, killed = tmp_path / "run", random.Random(0), 0
+    for kill in range(KILLS):
+        resume = ["--resume"] if workdir.exists() else []
+        with start(workdir, "--checkpoint_seconds=0", *resume) as process:
+            left = LINES - lines(workdir)
+            wanted = lines(workdir) + moments.randint(1, max(1, 2 * left // (KILLS - kill + 1)))
+            if wait_for(process, workdir, min(wanted, LINES - 1)):
+                time.sleep(moments.uniform(0, 0.1))
+                killed += process.poll() is None
+                process.kill()
+    assert killed > KILLS / 2
+    finish(workdir)
+    assert_same(workdir, whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_signals_save_and_say_how_to_go_on(whole, tmp_path, number):
+    workdir = tmp_path / "run"
+    with start(workdir, "--checkpoint_seconds=1000") as process:
+        assert wait_for(process, workdir, 3)
+        process.send_signal(number)
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 130, said
+    assert f"{number.name}: finishing and saving these rounds" in said
+    assert f"--workdir={workdir} --resume" in said and "Traceback" not in said
+    newest = max(int(p.name) for p in (workdir / "checkpoints/l2t_dln/seed_1").iterdir() if p.name.isdigit())
+    assert newest == lines(workdir) < ROUNDS
+    finish(workdir)
+    assert_same(workdir, whole)
+
+
+def test_full_disk_ends_the_run_and_keeps_what_was_saved(whole, tmp_path):
+    """A limit on the size of files stands for the full disk: the write that passes it fails in the same way."""
+    workdir, limit = tmp_path / "run", (whole / "metrics.jsonl").stat().st_size * 2 // 3
+    flags = ["--checkpoint_seconds=0", "--method=cross_entropy", f"--rounds={LINES * 2}"]
+    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
+    with start(workdir, *flags, preexec_fn=full) as process:
+        said = process.stderr.read()
+        assert process.wait(timeout=120) == 1, said
+    last = said.strip().splitlines()[-1]
+    assert last.startswith("error: ") and "make room" in last and "--resume" in last and "Traceback" not in said
+    assert 0 < lines(workdir) < LINES * 2
+    for run, (step, _) in last_checkpoints(workdir).items():
+        assert run.endswith("cross_entropy/seed_1") and step > 0
+    with start(workdir, *flags, "--resume") as process:
+        assert process.wait(timeout=120) == 0, process.stderr.read()
+    rows = Metrics.read(workdir / "metrics.jsonl")
+    assert [row["round"] for row in rows] == list(range(LINES * 2))
+
+
+def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, capsys):
+    workdir, real = tmp_path / "run", Metrics.append
+
+    def append(self, rows):
+        if rows[0]["method"] == "cross_entropy":
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(self.path))
+        real(self, rows)
+
+    small = ["--rounds=2", "--unroll_length=2", "--width=8", "--seeds=1,", f"--workdir={workdir}"]
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "append", append)
+        assert launch(*small) == 1
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "Read-only file system" in said and f"--workdir={workdir} --resume" in said
+    assert last_checkpoints(workdir)["checkpoints/l2t_dln/seed_1"][0] == 2
+    assert launch(*small, "--resume") == 0
+    assert len(Metrics.read(workdir / "metrics.jsonl")) == 6
+    assert json.loads((workdir / "summary.json").read_text())["methods"]["cross_entropy"]["failed"] == []

@@ -1,0 +1,109 @@
+"""The order of examples as a pure function of seed, epoch and round."""
+
+import numpy as np
+import pytest
+
+from l2t_jax import order
+
+SIZES = {
+    "n": 103,
+    "validation_ratio": 0.4,
+    "stages": 2,
+    "unroll_length": 3,
+    "batch_size": 7,
+    "validation_batch_size": 5,
+}  # 62 train in 8 batches and 6 left over, 41 validation in 4 rounds of 10 and 1 left over
+
+
+def epoch(number: int, seed: int = 3, **sizes: float) -> tuple[np.ndarray, np.ndarray]:
+    """All rounds of an epoch: training batches [K, B], validation batches [K', V]."""
+    sizes = SIZES | sizes
+    count = order.rounds_per_epoch(order.split_sizes(103, 0.4)[1], sizes["stages"], sizes["validation_batch_size"])
+    rounds = [order.round_indices(seed, number * count + r, **sizes) for r in range(count)]
+    train, validation = (
+        np.concatenate([a.reshape(-1, a.shape[-1]) for a in part]) for part in zip(*rounds, strict=True)
+    )
+    return train, validation
+
+
+def test_sizes() -> None:
+    assert order.split_sizes(50_000, 0.5) == (25_000, 25_000)
+    assert order.split_sizes(100, 0.29) == (71, 29)  # 100 * 0.29 < 29 in floating point
+    assert order.rounds_per_epoch(25_000, 1, 100) == 250
+    assert order.rounds_per_epoch(41, 2, 5) == 4
+
+
+def test_round_indices_are_a_pure_function() -> None:
+    first = [order.round_indices(3, r, **SIZES) for r in range(9)]
+    order.epoch_split.cache_clear()
+    order._pass_order.cache_clear()
+    again = [order.round_indices(3, r, **SIZES) for r in reversed(range(9))][::-1]
+    for (train, validation), (train_again, validation_again) in zip(first, again, strict=True):
+        assert train.shape == (2, 3, 7) and validation.shape == (2, 5)
+        assert train.dtype == validation.dtype == np.int32
+        np.testing.assert_array_equal(train, train_again)
+        np.testing.assert_array_equal(validation, validation_again)
+
+
+def test_results_may_be_written_to() -> None:
+    for array in order.round_indices(3, 0, **SIZES):
+        array[:] = -1
+    assert min(a.min() for a in order.round_indices(3, 0, **SIZES)) >= 0
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_an_epoch_keeps_training_and_validation_apart(number: int) -> None:
+    train, validation = epoch(number)
+    split = order.epoch_split(3, number, 103, 0.4)
+    assert sorted([*split.train, *split.validation]) == list(range(103))
+    assert set(train.ravel()) <= set(split.train)
+    assert validation.ravel().tolist() == split.validation[:40].tolist()  # in order, disjoint, one dropped
+
+
+def test_training_streams_over_whole_passes() -> None:
+    train, _ = epoch(0)
+    part = set(order.epoch_split(3, 0, 103, 0.4).train)
+    passes = train.reshape(3, 8 * 7)  # 4 rounds of 6 batches, 8 a pass: rounds 1 and 2 cross a pass
+    for one in passes:
+        assert len(set(one)) == 56 and set(one) < part
+    assert len({tuple(one) for one in passes}) == 3
+    assert len({frozenset(one) for one in passes}) == 3  # what is dropped varies
+
+
+def test_stages_and_unroll_length_only_cut_the_stream() -> None:
+    train, validation = epoch(1)
+    for changed in ({"stages": 1, "unroll_length": 3, "validation_batch_size": 10}, {"unroll_length": 1}):
+        other, other_validation = epoch(1, **changed)
+        np.testing.assert_array_equal(other, train[: len(other)])
+        np.testing.assert_array_equal(other_validation.ravel(), validation.ravel())
+
+
+def test_seed_and_epoch_change_the_order() -> None:
+    splits = [order.epoch_split(s, e, 103, 0.4) for s, e in [(3, 0), (3, 1), (4, 0), (0, 3)]]
+    assert len({frozenset(s.validation) for s in splits}) == 4
+    assert not np.array_equal(epoch(0)[0].ravel()[:56], splits[0].train[:56])
+
+
+@pytest.mark.parametrize(
+    "changed, message",
+    [
+        ({"validation_ratio": 0.0}, "validation_ratio=0.0 must lie between 0 and 1"),
+        ({"validation_ratio": 1.0}, "validation_ratio=1.0"),
+        ({"batch_size": 63}, "leave 62 for training, fewer than batch_size=63"),
+        ({"validation_batch_size": 21}, "leave 41 for validation, fewer than the 2 x 21"),
+        ({"unroll_length": 0}, "unroll_length=0"),
+        ({"batch_size": -2}, "batch_size=-2"),
+    ],
+)
+def test_impossible_sizes_are_refused(changed: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        order.check_sizes(**(SIZES | changed))
+    with pytest.raises(ValueError, match=message):
+        order.round_indices(3, 0, **(SIZES | changed))
+
+
+def test_sizes_at_the_edge_are_allowed() -> None:
+    train, validation = order.round_indices(3, 5, **(SIZES | {"batch_size": 62, "validation_batch_size": 20}))
+    assert sorted(train[0, 0]) == sorted(train[1, 2]) and len(set(validation.ravel())) == 40
+    with pytest.raises(ValueError, match="round=-1"):
+        order.round_indices(3, -1, **SIZES)
