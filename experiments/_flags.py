@@ -5,7 +5,7 @@ import datetime
 import difflib
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
@@ -13,7 +13,7 @@ from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
 from l2t_jax.losses import fixed_losses
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.parallel import SHARDS
+from l2t_jax.parallel import SHARDS, leave
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 
@@ -245,10 +245,10 @@ def parse_arguments(argv: list[str]) -> list[str]:
     return rest
 
 
-def fail(message: str, code: int = 2) -> None:
+def fail(message: str, code: int = 2) -> NoReturn:
     """Say in one line what is wrong and exit."""
-    print(f"error: {message}", file=sys.stderr)
-    sys.exit(code)
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    leave(code)
 
 
 def _module(path: str) -> str:

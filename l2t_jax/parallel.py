@@ -7,10 +7,12 @@ nothing is communicated). Everything else sees runs, one by one.
 Legend: G runs of a program, K of them on one device, D devices of all processes, L of this one, R rounds of a dispatch.
 """
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Callable
-from typing import Any, NamedTuple, TypeVar
+import sys
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -150,6 +152,15 @@ def check(layout: Layout, **sizes: int) -> None:
             raise ParallelError(f"{name}={size} does not divide over {layout.devices} devices: give {near}.")
 
 
+def leave(code: int) -> NoReturn:
+    """End this process, and where there are several at once: Python's own end would wait for the others."""
+    if not jax.distributed.is_initialized():
+        sys.exit(code)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
 def is_leader() -> bool:
     """Whether this process is the one that reads and writes files."""
     return jax.process_index() == 0
@@ -161,7 +172,8 @@ def from_leader(tree: T) -> T:
         return tree
     from jax.experimental import multihost_utils
 
-    return multihost_utils.broadcast_one_to_all(tree)
+    with _together():
+        return multihost_utils.broadcast_one_to_all(tree)
 
 
 def leader_first(work: Callable[[], T]) -> T | None:
@@ -184,7 +196,8 @@ def anywhere(flag: bool) -> bool:
         return flag
     from jax.experimental import multihost_utils
 
-    return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
+    with _together():
+        return bool(np.any(multihost_utils.process_allgather(np.bool_(flag))))
 
 
 def everywhere(axis_name: str | None, flag: Array) -> Array:
@@ -245,12 +258,8 @@ class Program:
         """
         idle = dispatches[-1]._replace(wanted=np.int32(0))
         stacked = _stack([*dispatches, *[idle] * (self.layout.runs - len(dispatches))])
-        try:
+        with _together():
             states, *results = jax.block_until_ready(self.call(states, data, self._divided(stacked)))
-        except jax.errors.JaxRuntimeError as error:
-            if jax.process_count() == 1:
-                raise
-            raise LostError(f"another process of this run has ended ({_first_line(error)})") from error
         runs = [self.take(results, i) for i in range(len(dispatches))]
         return states, [metrics for metrics, _ in runs], [int(done) for _, done in runs]
 
@@ -299,6 +308,17 @@ class Program:
             return np.stack([y[..., (first + i) * size : (first + i + 1) * size] for i, y in enumerate(x)])
 
         return spread._replace(train=part(spread.train), validation=part(spread.validation))
+
+
+@contextlib.contextmanager
+def _together() -> Iterator[None]:
+    """What several processes compute together fails where one of them has ended."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if jax.process_count() == 1:
+            raise
+        raise LostError(f"another process of this run has ended ({_first_line(error)})") from error
 
 
 def _stack(trees: list[T]) -> T:

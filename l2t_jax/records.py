@@ -129,6 +129,8 @@ def open_run(path: str | Path, config: dict[str, Any], resume: bool) -> RunDirec
     directory without a run starts one. Raises WorkdirError where the directory cannot be written, is in use by another
     process, or holds a run that is not this one, or is this one and `resume` is false.
     """
+    if "\0" in str(path):
+        raise WorkdirError(f"{str(path)!r} is no name of a directory: choose another --workdir.")
     run = RunDirectory(path)
     held = run.path.resolve() in _locks
     _lock(run.path)

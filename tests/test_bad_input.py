@@ -167,39 +167,43 @@ def once(outputs, targets):  # its derivative has none
 
 
 APPLIES = st.sampled_from(
-    {
-        "reduced": lambda o, t: fine(o, t).mean(),
-        "kept axis": lambda o, t: fine(o, t)[:, None],
-        "per class": lambda o, t: jax.nn.log_softmax(o),
-        "too few": lambda o, t: fine(o, t)[1:],
-        "integers": lambda o, t: (o.argmax(-1) != t).astype(int),
-        "booleans": lambda o, t: o.argmax(-1) != t,
-        "complex": lambda o, t: fine(o, t) * 1j,
-        "NaN": lambda o, t: fine(o, t) * jnp.nan,
-        "infinite": lambda o, t: fine(o, t) / 0,
-        "NaN in the derivative": lambda o, t: fine(o, t) + jnp.sqrt(o[:, 0] * 0),
-        "NaN in the second derivative": lambda o, t: fine(o, t) + jnp.abs(o[:, 0] * 0) ** 1.5,
-        "steps": lambda o, t: (o.argmax(-1) != t).astype(o.dtype),
-        "a constant": lambda o, t: jnp.ones_like(o[:, 0]),
-        "stopped": lambda o, t: jax.lax.stop_gradient(fine(o, t)),
-        "no reverse mode": loop,
-        "once differentiable": once,
-        "host code": lambda o, t: np.asarray(o)[:, 0],
-        "control flow": lambda o, t: fine(o, t) if o[0, 0] > 0 else o[:, 0],
-        "nothing": lambda o, t: None,
-        "a list": lambda o, t: list(fine(o, t)),
-        "wrong axis": lambda o, t: jnp.take_along_axis(o, t[None], axis=-1),
-        "unknown name": lambda o, t: jnp.no_such_function(o),
-        "one argument": lambda o: o,
-    }.items()
+    list(
+        {
+            "reduced": lambda o, t: fine(o, t).mean(),
+            "kept axis": lambda o, t: fine(o, t)[:, None],
+            "per class": lambda o, t: jax.nn.log_softmax(o),
+            "too few": lambda o, t: fine(o, t)[1:],
+            "integers": lambda o, t: (o.argmax(-1) != t).astype(int),
+            "booleans": lambda o, t: o.argmax(-1) != t,
+            "complex": lambda o, t: fine(o, t) * 1j,
+            "NaN": lambda o, t: fine(o, t) * jnp.nan,
+            "infinite": lambda o, t: fine(o, t) / 0,
+            "NaN in the derivative": lambda o, t: fine(o, t) + jnp.sqrt(o[:, 0] * 0),
+            "NaN in the second derivative": lambda o, t: fine(o, t) + jnp.abs(o[:, 0] * 0) ** 1.5,
+            "steps": lambda o, t: (o.argmax(-1) != t).astype(o.dtype),
+            "a constant": lambda o, t: jnp.ones_like(o[:, 0]),
+            "stopped": lambda o, t: jax.lax.stop_gradient(fine(o, t)),
+            "no reverse mode": loop,
+            "once differentiable": once,
+            "host code": lambda o, t: np.asarray(o)[:, 0],
+            "control flow": lambda o, t: fine(o, t) if o[0, 0] > 0 else o[:, 0],
+            "nothing": lambda o, t: None,
+            "a list": lambda o, t: list(fine(o, t)),
+            "wrong axis": lambda o, t: jnp.take_along_axis(o, t[None], axis=-1),
+            "unknown name": lambda o, t: jnp.no_such_function(o),
+            "one argument": lambda o: o,
+        }.items()
+    )
 )
 INITS = st.sampled_from(
-    {
-        "fine": lambda key: {},
-        "NaN": lambda key: {"w": jnp.array(jnp.nan)},
-        "fails": lambda key: {}["w"],
-        "no argument": lambda: {},
-    }.items()
+    list(
+        {
+            "fine": lambda key: {},
+            "NaN": lambda key: {"w": jnp.array(jnp.nan)},
+            "fails": lambda key: {}["w"],
+            "no argument": lambda: {},
+        }.items()
+    )
 )
 
 

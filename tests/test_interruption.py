@@ -20,8 +20,8 @@ from test_experiments import last_checkpoints, launch, numbers
 from l2t_jax.records import Metrics
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("KILLS", "3"))
-ROUNDS = 20
+KILLS = int(os.environ.get("KILLS", "2"))
+ROUNDS = 8 if KILLS < 10 else 40
 # A dispatch of a single round each, so that there are many saves to be interrupted.
 CODE = "from l2t_jax import training; training.MOST_ROUNDS = 1; from experiments import classification as c; c.cli()"
 COMMAND = [sys.executable, "-c", CODE, f"--rounds={ROUNDS}", "--unroll_length=2", "--width=8", "--seeds=1,"]
@@ -100,27 +100,28 @@ def test_signals_save_and_say_how_to_go_on(whole, tmp_path, number):
     assert f"--workdir={workdir} --resume" in said and "Traceback" not in said
     newest = max(int(p.name) for p in (workdir / "checkpoints/l2t_dln/seed_1").iterdir() if p.name.isdigit())
     assert newest == lines(workdir) < ROUNDS
-    finish(workdir)
-    assert_same(workdir, whole)
+    if number == signal.SIGTERM:  # one of the two goes on
+        finish(workdir)
+        assert_same(workdir, whole)
 
 
-def test_full_disk_ends_the_run_and_keeps_what_was_saved(whole, tmp_path):
+def test_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path):
     """A limit on the size of files stands for the full disk: the write that passes it fails in the same way."""
-    workdir, limit = tmp_path / "run", (whole / "metrics.jsonl").stat().st_size * 2 // 3
-    flags = ["--checkpoint_seconds=0", "--method=cross_entropy", f"--rounds={LINES * 2}"]
+    workdir, limit, rounds = tmp_path / "run", 30_000, 160
+    flags = ["--checkpoint_seconds=0.2", "--method=cross_entropy", f"--rounds={rounds}"]
     full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
     with start(workdir, *flags, preexec_fn=full) as process:
         said = process.stderr.read()
         assert process.wait(timeout=120) == 1, said
     last = said.strip().splitlines()[-1]
     assert last.startswith("error: ") and "make room" in last and "--resume" in last and "Traceback" not in said
-    assert 0 < lines(workdir) < LINES * 2
+    assert 0 < lines(workdir) < rounds
     for run, (step, _) in last_checkpoints(workdir).items():
         assert run.endswith("cross_entropy/seed_1") and step > 0
     with start(workdir, *flags, "--resume") as process:
         assert process.wait(timeout=120) == 0, process.stderr.read()
     rows = Metrics.read(workdir / "metrics.jsonl")
-    assert [row["round"] for row in rows] == list(range(LINES * 2))
+    assert [row["round"] for row in rows] == list(range(rounds))
 
 
 def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, capsys):
@@ -137,7 +138,7 @@ def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, ca
         assert launch(*small) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Read-only file system" in said and f"--workdir={workdir} --resume" in said
-    assert last_checkpoints(workdir)["checkpoints/l2t_dln/seed_1"][0] == 2
+    assert (workdir / "checkpoints/l2t_dln_transfer/seed_1/2").is_dir()
     assert launch(*small, "--resume") == 0
     assert len(Metrics.read(workdir / "metrics.jsonl")) == 6
     assert json.loads((workdir / "summary.json").read_text())["methods"]["cross_entropy"]["failed"] == []
