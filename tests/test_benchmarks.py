@@ -302,6 +302,43 @@ def test_scaling(tmp_path):
 )
 def test_bad_flags_of_scaling_are_one_line(flag, message, capsys):
     with pytest.raises(SystemExit) as stop:
-        scaling.main(["scaling", flag])
+        scaling.main(["scaling", "--devices=1", "--seeds=1", flag])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_the_findings_are_what_the_records_say():
+    """The tables of benchmarks/README.md, line by line."""
+    folder = Path(__file__).parents[1] / "benchmarks"
+    lines = (folder / "README.md").read_text().splitlines()
+
+    def record(name):
+        return json.loads((folder / "results" / f"hypergradient_cost_cpu_{name}.json").read_text())["rows"]
+
+    def row(rows, workload, length, program):
+        found = [r for r in rows if (r["workload"], r["unroll_length"], r["program"]) == (workload, length, program)]
+        return found[0]
+
+    rows, peers = record("w1") + record("long") + record("small"), record("peers")
+    lengths = (1, 5, 10, 15, 25, 50, 75)
+    for student, workload, auto in (("ResNet-8", "w1", "mixed"), ("LeNet", "w2", "mixed"), ("MLP", "w3", "save")):
+        assert {r["auto_mode"] for r in rows if r["workload"] == workload} == {auto}
+
+        def ratios(a, b, w=workload):
+            return [row(rows, w, n, a)["seconds"] / row(rows, w, n, b)["seconds"] for n in lengths]
+
+        memory = [row(rows, workload, n, auto)["temporary_mib"] for n in lengths]
+        torch = [row(rows, workload, n, "torch create_graph")["resident_mib"] for n in lengths]
+        for label, values in (
+            ("plain steps / PyTorch's", ratios("plain steps", "torch steps")),
+            (f"`auto` (`{auto}`) / create_graph", ratios(auto, "torch create_graph")),
+            ("`auto` / own plain steps", ratios(auto, "plain steps")),
+            ("`auto`, temporaries, MiB", memory),
+            ("create_graph, resident set added, MiB", torch),
+        ):
+            cells = " | ".join(f"{value:.2f}" if value < 50 else f"{value:.0f}" for value in values)
+            assert f"| {student}: {label} | {cells} |" in lines
+        whole = row(peers, workload, 25, "torch create_graph")["seconds"]
+        others = ("mixed", "save", "higher", "torchopt", "betty")
+        cells = " | ".join(f"{row(peers, workload, 25, name)['seconds'] / whole:.2f}" for name in others)
+        assert f"| {student} | {cells} |" in lines

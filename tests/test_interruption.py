@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import resource
 import signal
 import subprocess
 import sys
@@ -33,10 +32,9 @@ def lines(workdir):
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
 
-def start(workdir, *flags, **options):
-    return subprocess.Popen(
-        [*COMMAND, f"--workdir={workdir}", *flags], cwd=ROOT, stderr=subprocess.PIPE, text=True, **options
-    )
+def start(workdir, *flags, before=()):
+    command = [*before, *COMMAND, f"--workdir={workdir}", *flags]
+    return subprocess.Popen(command, cwd=ROOT, stderr=subprocess.PIPE, text=True)
 
 
 def wait_for(process, workdir, wanted):
@@ -107,10 +105,10 @@ def test_signals_save_and_say_how_to_go_on(whole, tmp_path, number):
 
 def test_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path):
     """A limit on the size of files stands for the full disk: the write that passes it fails in the same way."""
-    workdir, limit, rounds = tmp_path / "run", 30_000, 160
+    workdir, rounds = tmp_path / "run", 160
     flags = ["--checkpoint_seconds=0.2", "--method=cross_entropy", f"--rounds={rounds}"]
-    full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))  # noqa: E731
-    with start(workdir, *flags, preexec_fn=full) as process:
+    full = ["sh", "-c", 'ulimit -f 40; exec "$@"', "sh"]  # blocks of 512 or 1024 bytes
+    with start(workdir, *flags, before=full) as process:
         said = process.stderr.read()
         assert process.wait(timeout=120) == 1, said
     last = said.strip().splitlines()[-1]
