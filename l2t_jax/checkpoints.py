@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import shutil
+import signal
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,6 +76,7 @@ class Checkpoints:
         several = jax.process_count() > 1
         options = ocp.CheckpointManagerOptions(
             max_to_keep=None if read_only else keep,
+            save_interval_steps=0 if read_only else 1,
             read_only=read_only,
             cleanup_tmp_directories=not read_only,
             create=not several and not read_only,
@@ -348,4 +350,5 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # what reads the list may stop early, as `head` does
     sys.exit(main(sys.argv))
