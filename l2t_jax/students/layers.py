@@ -35,12 +35,13 @@ def from_linen(module: nn.Module) -> Student:
       ValueError: `init` was given inputs that are not floating point.
     """
 
+    # Under jit the forward pass that linen traces is dropped, and only the parameters are computed.
+    initial = jax.jit(lambda key, inputs: module.init(key, inputs, False))
+
     def init(key: Key, inputs: Array) -> dict[str, PyTree]:
         if not jnp.issubdtype(inputs.dtype, jnp.floating):
             raise ValueError(f"inputs are {inputs.dtype}, a student needs floats: normalise them first.")
-        # Under jit the forward pass that linen traces is dropped, and only the parameters are computed.
-        variables = jax.jit(lambda k, x: module.init(k, x, False))(key, inputs)
-        variables = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), variables)
+        variables = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def apply(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Array, PyTree]:
