@@ -64,9 +64,8 @@ def main(argv: list[str]) -> None:
 
 
 def _go_on(options: _flags.Options) -> str:
-    again = shlex.join(
-        [*sys.argv[1:], f"--workdir={options.workdir}", "--resume"]
-    )  # of a flag given twice the last counts
+    # Of a flag given twice the last counts.
+    again = shlex.join([*sys.argv[1:], f"--workdir={options.workdir}", "--resume"])
     return f"go on with: python -m experiments.classification {again}"
 
 

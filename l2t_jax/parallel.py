@@ -24,6 +24,7 @@ from l2t_jax.types import Array, Key, MethodState, PyTree
 
 AXIS = "devices"  # the mapped axis over which batches are divided
 SHARDS = ("batch", "seeds")
+MOST_SIMULATED = 64  # devices on a CPU; XLA dies of thousands
 T = TypeVar("T")
 
 
@@ -84,7 +85,7 @@ def start(
     """Join the processes of a run and prepare simulated devices. Call it before anything touches a device.
 
     Args:
-      devices: D. On CPU so many are simulated; of accelerators the first D are taken.
+      devices: D. On CPU so many are simulated, up to `MOST_SIMULATED`; of accelerators the first D are taken.
       coordinator: HOST:PORT of process 0, the same for all; "auto" asks the cluster's own environment (Slurm, Open MPI,
         Kubernetes, Cloud TPU); None is a run of one process.
       processes, process: how many there are and which this is, from 0 on; both with a HOST:PORT only.
@@ -99,10 +100,11 @@ def start(
     if devices % (processes or 1):
         raise ParallelError(f"{devices} devices cannot be shared evenly by {processes} processes.")
     if devices > 1:
+        simulated = min(devices // (processes or 1), MOST_SIMULATED)
         # Simulated devices wait for each other in threads of one pool, and for ever where it has fewer than there are.
-        os.environ.setdefault("NPROC", str(max(4 * devices, os.cpu_count() or 1)))
+        os.environ.setdefault("NPROC", str(max(4 * simulated, os.cpu_count() or 1)))
         try:
-            jax.config.update("jax_num_cpu_devices", devices // (processes or 1))
+            jax.config.update("jax_num_cpu_devices", simulated)
         except RuntimeError as error:
             raise ParallelError("devices must be chosen before the first of them is used.") from error
     if coordinator is None:
@@ -177,7 +179,7 @@ def from_leader(tree: T) -> T:
 
 
 def leader_first(work: Callable[[], T]) -> T | None:
-    """Do `work` in the leader alone; where it fails there, every other process raises a LostError."""
+    """Do `work` in the leader alone; where it fails there, every other process raises a ParallelError."""
     error: Exception | None = None
     result = None
     if is_leader():
@@ -186,7 +188,7 @@ def leader_first(work: Callable[[], T]) -> T | None:
         except Exception as caught:
             error = caught
     if not bool(from_leader(np.bool_(error is None))):
-        raise error or LostError("process 0 stopped; its message says why")
+        raise error or ParallelError("process 0 stopped; its message says why.")
     return result
 
 
@@ -224,6 +226,8 @@ class Program:
     def __init__(self, rounds: Rounds, layout: Layout) -> None:
         """Take what one run does; with a `layout.axis_name` it must take its means over that axis."""
         self.layout = layout
+        over_devices = layout.devices > 1 and layout.shard == "seeds"
+        self._lead = (layout.devices,) * over_devices + (layout.seeds,) * (layout.seeds > 1)  # axes that are the G runs
         each = layout.devices // jax.process_count()
         there = [[d for d in jax.devices() if d.process_index == p][:each] for p in range(jax.process_count())]
         self._local = there[jax.process_index()]
@@ -260,21 +264,20 @@ class Program:
         stacked = _stack([*dispatches, *[idle] * (self.layout.runs - len(dispatches))])
         with _together():
             states, *results = jax.block_until_ready(self.call(states, data, self._divided(stacked)))
-        runs = [self.take(results, i) for i in range(len(dispatches))]
+        runs = self.take(results)[: len(dispatches)]
         return states, [metrics for metrics, _ in runs], [int(done) for _, done in runs]
 
-    def take(self, results: PyTree, run: int) -> Any:
-        """One run's part of what a call returned, in NumPy."""
-        device, place = (0, run) if self.layout.axis_name else divmod(run, self.layout.seeds)
+    def take(self, results: PyTree) -> list[Any]:
+        """Each run's part of what a call returned, in NumPy: fetched once for all G."""
+        layout = self.layout
 
-        def leaf(x: Array) -> np.ndarray:
-            if self.layout.axis_name:
-                array = np.asarray(x.addressable_data(0))[0]  # all devices hold the same
-            else:
-                array = np.asarray(x)[device] if self.layout.devices > 1 else np.asarray(x)
-            return np.array(array[place] if self.layout.seeds > 1 else array)
+        def host(x: Array) -> np.ndarray:  # [G, ...]
+            # With an axis all devices hold the same. A copy, since the next call takes the buffers.
+            array = np.array(x.addressable_data(0))[0] if layout.axis_name else np.array(x)
+            return array.reshape((layout.runs, *array.shape[len(self._lead) :]))
 
-        return jax.tree.map(leaf, results)
+        fetched = jax.tree.map(host, results)
+        return [jax.tree.map(lambda x, i=i: np.asarray(x[i]), fetched) for i in range(layout.runs)]
 
     def _put(self, tree: PyTree) -> PyTree:
         """Put leaves where a call leaves its results: from elsewhere it would be compiled anew."""
@@ -287,12 +290,8 @@ class Program:
 
     def _spread(self, tree: PyTree) -> PyTree:
         """Leaves [G, ...] in the form of a call, [D or L, K, ...], with no axis for one device or for one run on it."""
-        layout = self.layout
-        lead = (layout.devices,) * (layout.devices > 1 and layout.shard == "seeds") + (layout.seeds,) * (
-            layout.seeds > 1
-        )
-        tree = jax.tree.map(lambda x: x.reshape((*lead, *x.shape[1:])), tree)
-        if layout.axis_name is None:
+        tree = jax.tree.map(lambda x: x.reshape((*self._lead, *x.shape[1:])), tree)
+        if self.layout.axis_name is None:
             return tree
         return jax.tree.map(lambda x: np.stack([x] * len(self._local)), tree)
 

@@ -194,17 +194,20 @@ def train(
         for i in active:
             group[i].spent += elapsed / len(active)
             _note(group[i], schedule, metrics[i], finished[i])
-            if group[i].failure is None and group[i].done in group[i].run.snapshot_rounds:
-                group[i].run.snapshot(group[i].done, program.take(states, i))
+        good = [i for i in active if group[i].failure is None]
         stop = anywhere(stopped())
         due = stop or time.monotonic() - saved_at >= runs[0].checkpoint_seconds
-        for i in active:
-            if group[i].failure is None and (due or group[i].done == schedule.rounds):
-                _save(group[i], program.take(states, i))
+        snapshots = [i for i in good if group[i].done in group[i].run.snapshot_rounds]
+        saves = [i for i in good if due or group[i].done == schedule.rounds]
+        fetched = program.take(states) if snapshots or saves else []
+        for i in snapshots:
+            group[i].run.snapshot(group[i].done, fetched[i])
+        for i in saves:
+            _save(group[i], fetched[i])
         saved_at = time.monotonic() if due else saved_at
         if stop and any(member.active(schedule) for member in group):
             raise StoppedError
-    return [_outcome(member, program.take(states, i)) for i, member in enumerate(group)]
+    return [_outcome(member, state) for member, state in zip(group, program.take(states), strict=False)]
 
 
 def _note(member: _Progress, schedule: Schedule, metrics: dict[str, Any], count: int) -> None:

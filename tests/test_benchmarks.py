@@ -342,3 +342,22 @@ def test_the_findings_are_what_the_records_say():
         others = ("mixed", "save", "higher", "torchopt", "betty")
         cells = " | ".join(f"{row(peers, workload, 25, name)['seconds'] / whole:.2f}" for name in others)
         assert f"| {student} | {cells} |" in lines
+    save = [
+        row(rows, "w2", n, "save")["seconds"] / row(rows, "w2", n, "torch create_graph")["seconds"] for n in lengths
+    ]
+    assert f"| LeNet: `save` / create_graph | {' | '.join(f'{ratio:.2f}' for ratio in save)} |" in lines
+    scaled = [
+        {r["layout"]: r["ratio_of_throughput"] for r in json.loads((folder / "results" / name).read_text())["rows"]}
+        for name in ("scaling_cpu.json", "scaling_w1_cpu.json")
+    ]
+    for label, layout in (
+        ("one device, through pmap", "pmap of one"),
+        ("batches over 2 devices", "batches over 2 devices"),
+        ("batches over 4 devices", "batches over 4 devices"),
+        ("2 seeds, vmap", "2 seeds, vmap"),
+        ("4 seeds, vmap", "4 seeds, vmap"),
+        ("2 seeds on 2 devices", "2 seeds on 2 devices"),
+        ("4 seeds on 4 devices", "4 seeds on 4 devices"),
+    ):
+        cells = " | ".join(f"{ratios[layout]:.2f}" if layout in ratios else "-" for ratios in scaled)
+        assert f"| {label} | {cells} |" in lines

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+from l2t_jax import convolution
 from l2t_jax.convolution import conv2d, conv_input_p, conv_kernel_p, conv_p
 
 SHAPES = {  # name: H, W, I, O, kernel, options
@@ -118,6 +119,14 @@ def test_other_platforms_get_lax(x64):
     g = conv2d(x, w, **options)
     assert_close(c._lax_conv_input(g, w, spec), c._conv_input(g, w, spec))
     assert_close(c._lax_conv_kernel(x, g, spec), c._conv_kernel(x, g, spec))
+
+
+def test_patches_that_are_not_worth_storing(x64, monkeypatch):
+    """Where they exceed the cache: the convolution itself, and a product for each row of the kernel."""
+    monkeypatch.setattr(convolution, "CACHE", 0)
+    arguments, options = operands("many_inputs")
+    run = lambda c: jax.jit(lambda *a: derivatives(lambda x, w: c(x, w, **options), *a))(*arguments)  # noqa: E731
+    assert_close(run(conv2d), run(by_lax))
 
 
 @pytest.mark.parametrize(

@@ -137,3 +137,10 @@ def test_one_process_is_its_own_leader():
     assert parallel.anywhere(True) and not parallel.anywhere(False)
     with pytest.raises(ZeroDivisionError):
         parallel.leader_first(lambda: 1 / 0)
+
+
+def test_thousands_of_simulated_devices_are_refused():
+    """In a process of its own, where they could still be made; XLA would die of them."""
+    command = [sys.executable, "-m", "experiments.classification", "--devices=10000", "--batch_size=10000"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=120)
+    assert done.returncode == 2 and done.stderr == "error: 10000 devices were asked for, and there are 64.\n"

@@ -84,7 +84,7 @@ def test_a_directory_in_use_ends_all_processes(tmp_path):
     (workdir / "metrics.jsonl").write_text("{}\n")
     first, second = end(together(workdir, 2, "--devices=2"))
     assert first[2] == 2 and "choose another --workdir" in first[1]
-    assert second[2] == 1 and "process 0 stopped; its message says why" in second[1]
+    assert second[2] == 2 and "process 0 stopped; its message says why" in second[1]
 
 
 @pytest.mark.parametrize("lost", [0, 1])
