@@ -44,13 +44,16 @@ def check_sizes(
     unroll_length: int,
     batch_size: int,
     validation_batch_size: int,
+    fixed_split: bool = False,
+    epoch_stages: int | None = None,
 ) -> None:
-    """Check that n examples suffice for at least one round.
+    """Check that n examples suffice for at least one round. For the arguments see `round_indices`.
 
     Raises:
       ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
     """
-    sizes = {"n": n, "stages": stages, "unroll_length": unroll_length}
+    epoch_stages = epoch_stages or stages
+    sizes = {"n": n, "stages": stages, "unroll_length": unroll_length, "epoch_stages": epoch_stages}
     sizes |= {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
     for name, size in sizes.items():
         if size < 1:
@@ -59,22 +62,23 @@ def check_sizes(
     parts = f"{n} examples at validation_ratio={validation_ratio} leave"
     if batch_size > n_train:
         raise ValueError(f"{parts} {n_train} for training, fewer than batch_size={batch_size}: lower one of the two.")
-    if stages * validation_batch_size > n_validation:
+    if epoch_stages * validation_batch_size > n_validation:
         raise ValueError(
-            f"{parts} {n_validation} for validation, fewer than the {stages} x {validation_batch_size} of "
+            f"{parts} {n_validation} for validation, fewer than the {epoch_stages} x {validation_batch_size} of "
             "one round: lower validation_batch_size or raise validation_ratio."
         )
 
 
 @lru_cache(maxsize=32)
-def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float) -> Split:
-    """Divide the n training examples at random into the training and validation part of an epoch.
+def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool = False) -> Split:
+    """Divide the n training examples into the training and validation part of an epoch.
 
     Args:
       seed: of the run.
-      epoch: counted from 0; every epoch has a division of its own.
+      epoch: counted from 0; every epoch has a random division of its own.
       n: number of examples.
       validation_ratio: part of them that validates.
+      fixed_split: always the last examples validate instead: a meta set that is kept apart.
 
     Returns:
       Read-only indices.
@@ -83,16 +87,31 @@ def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float) -> Split
     code divides anew every epoch, as is done here.
     """
     n_train, _ = split_sizes(n, validation_ratio)
-    order = _permutation((seed, epoch, 0), n)
+    order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
     return Split(order[:n_train], order[n_train:])
 
 
 @lru_cache(maxsize=128)
-def _pass_order(seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float) -> np.ndarray:
-    """The training part of an epoch in the order of one pass over it."""
-    train = epoch_split(seed, epoch, n, validation_ratio).train
-    # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
-    return train[_permutation((seed, epoch, pass_index + 1), len(train))]
+def _pass_order(
+    part: str, seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float, fixed_split: bool
+) -> np.ndarray:
+    """The training or validation part of an epoch in the order of one pass over it."""
+    split = epoch_split(seed, epoch, n, validation_ratio, fixed_split)
+    if part == "train":
+        # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
+        return split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]
+    if pass_index == 0 and not fixed_split:
+        return split.validation  # in random order already
+    return split.validation[_permutation((seed, epoch, pass_index, 1), len(split.validation))]
+
+
+def _batches(part: str, begin: int, end: int, size: int, *which: int | float | bool) -> np.ndarray:
+    """Batches number begin to end - 1 of those that stream over a part of an epoch, [end - begin, size]."""
+    _, _, n, validation_ratio, _ = which
+    per_pass = split_sizes(int(n), validation_ratio)[part == "validation"] // size
+    seed, epoch, *rest = which
+    places = [divmod(i, per_pass) for i in range(begin, end)]
+    return np.stack([_pass_order(part, seed, epoch, p, *rest)[j * size : (j + 1) * size] for p, j in places])
 
 
 def _permutation(seeds: tuple[int, ...], n: int) -> np.ndarray:
@@ -111,22 +130,27 @@ def round_indices(
     unroll_length: int,
     batch_size: int,
     validation_batch_size: int,
+    fixed_split: bool = False,
+    epoch_stages: int | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Say which examples a round reads, as a pure function of its arguments.
 
-    Within an epoch, validation batches are consecutive blocks of the validation part and never share an
-    example. Training batches stream on from round to round over the training part, which is shuffled anew on
-    every pass; the incomplete last batch of a pass is dropped.
+    Batches stream on from round to round over the training and over the validation part of an epoch, each of which is
+    shuffled anew on every pass; the incomplete last batch of a pass is dropped. An epoch is one pass over the
+    validation part, unless `epoch_stages` says otherwise.
 
     Args:
       seed: of the run.
-      round: absolute, counted from 0; its epoch is round // rounds_per_epoch.
+      round: absolute, counted from 0.
       n: number of training examples.
       validation_ratio: part of them that validates, re-drawn every epoch.
       stages: S.
       unroll_length: N.
       batch_size: B.
       validation_batch_size: V.
+      fixed_split: the last examples validate in every epoch, and batches stream on over the whole run.
+      epoch_stages: S of the method with which this one is compared, so that both have the same epochs, and, where S N
+        are equal, the same training batches; by default `stages`.
 
     Returns:
       Training indices [S, N, B] and validation indices [S, V], int32.
@@ -146,15 +170,14 @@ def round_indices(
         unroll_length=unroll_length,
         batch_size=batch_size,
         validation_batch_size=validation_batch_size,
+        epoch_stages=epoch_stages,
     )
-    n_train, n_validation = split_sizes(n, validation_ratio)
-    epoch, r = divmod(round, rounds_per_epoch(n_validation, stages, validation_batch_size))
-    block = slice(r * stages * validation_batch_size, (r + 1) * stages * validation_batch_size)
-    validation = epoch_split(seed, epoch, n, validation_ratio).validation[block]
-    batches = []
-    for i in range(r * stages * unroll_length, (r + 1) * stages * unroll_length):
-        pass_index, j = divmod(i, n_train // batch_size)
-        order = _pass_order(seed, epoch, pass_index, n, validation_ratio)
-        batches.append(order[j * batch_size : (j + 1) * batch_size])
-    train = np.stack(batches).reshape(stages, unroll_length, batch_size)
-    return train, validation.reshape(stages, validation_batch_size).copy()
+    _, n_validation = split_sizes(n, validation_ratio)
+    epoch, r = divmod(round, rounds_per_epoch(n_validation, epoch_stages or stages, validation_batch_size))
+    if fixed_split:
+        epoch, r = 0, round
+    which = seed, epoch, n, validation_ratio, fixed_split
+    steps = stages * unroll_length
+    train = _batches("train", r * steps, (r + 1) * steps, batch_size, *which)
+    validation = _batches("validation", r * stages, (r + 1) * stages, validation_batch_size, *which)
+    return train.reshape(stages, unroll_length, batch_size), validation

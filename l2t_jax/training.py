@@ -34,6 +34,8 @@ class Schedule:
     validation_ratio: float
     examples: int
     stages: int
+    fixed_split: bool = False  # a meta set kept apart, the last examples, instead of a division anew every epoch
+    epoch_stages: int | None = None  # see `order.round_indices`
 
     def __post_init__(self) -> None:
         order.check_sizes(**self.sizes)
@@ -48,7 +50,14 @@ class Schedule:
     def rounds_per_epoch(self) -> int:
         """An epoch reads the validation part once."""
         _, validation = order.split_sizes(self.examples, self.validation_ratio)
-        return order.rounds_per_epoch(validation, self.stages, self.validation_batch_size)
+        return order.rounds_per_epoch(validation, self.epoch_stages or self.stages, self.validation_batch_size)
+
+    def of(self, method: Method) -> "Schedule":
+        """The same student steps on the same training batches, in the stages that a method reads."""
+        length = self.stages * self.unroll_length // method.stages
+        return dataclasses.replace(
+            self, stages=method.stages, unroll_length=length, epoch_stages=self.epoch_stages or self.stages
+        )
 
 
 class Failure(NamedTuple):

@@ -1,11 +1,11 @@
 """The records the library is composed of: small tuples of pure functions and of arrays.
 
-Legend: B batch, V validation batch, C classes, N unroll length, S data stages of a round, P loss parameters.
+Legend: B batch, V validation batch, C classes, F features, N unroll length, S data stages of a round.
 Everything random takes a key; nothing here holds state.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 
@@ -19,6 +19,9 @@ class Batch(NamedTuple):
 
     inputs: Array  # [B, ...] float
     targets: Array  # [B] int32 for classification
+    true: (
+        Array | tuple[()]
+    ) = ()  # [B] the targets before they were corrupted, where known: for records, not for methods
 
 
 class RoundBatches(NamedTuple):
@@ -29,11 +32,30 @@ class RoundBatches(NamedTuple):
     first_of_epoch: Array  # [] bool
 
 
+class Head(NamedTuple):
+    """The last layer of a student, taken apart: what a loss on angles reads in place of the outputs."""
+
+    features: Array  # [B, F]
+    kernel: Array  # [F, C]
+    bias: Array  # [C]; the outputs are features @ kernel + bias
+
+
+def unscheduled(params: PyTree, progress: Array) -> PyTree:
+    """The schedule of a loss that has none."""
+    return params
+
+
 class Loss(NamedTuple):
     """A training loss: unreduced, batch first, with parameters that may be learned (`{}` where there are none)."""
 
     init: Callable[[Key], PyTree]
     apply: Callable[..., Array]  # (params, outputs [B, C], targets [B], *, sample_weight, mask) -> [B]
+    # (params, part of all student steps that is done, [] in [0, 1)) -> params as they are then
+    at: Callable[[PyTree, Array], PyTree] = unscheduled
+    reads: Literal["outputs", "head"] = "outputs"  # what apply is given: outputs, or a `Head` of the batch
+    learned: Literal["no", "student", "teacher"] = (
+        "teacher"  # params: fixed, trained beside the student, or by a teacher
+    )
 
 
 class Student(NamedTuple):
@@ -41,6 +63,8 @@ class Student(NamedTuple):
 
     init: Callable[[Key, Array], dict[str, PyTree]]  # (key, inputs [B, ...]) -> variables
     apply: Callable[[dict[str, PyTree], Array, bool], tuple[Array, PyTree]]  # -> outputs [B, C], new batch_stats
+    # as apply -> `Head`, new batch_stats; None where the last layer cannot be taken apart
+    head: Callable[[dict[str, PyTree], Array, bool], tuple[Head, PyTree]] | None = None
 
 
 class StudentState(NamedTuple):
@@ -91,3 +115,7 @@ class Method(NamedTuple):
     round: Callable[[MethodState, RoundBatches], tuple[MethodState, dict[str, Any]]]  # -> state, metrics
     stages: int  # S: how many separate sets of batches a round reads
     steps_per_round: int  # student steps kept per round, in units of N
+    # (state, training batch, validation batch) -> [B]: how strongly each example of the training batch would move the
+    # student, the norm of its loss's derivative with respect to the student's outputs (the features of a `Head`);
+    # None where a method does not say, and then no record of it is kept
+    pull: Callable[[MethodState, Batch, Batch], Array] | None = None

@@ -4,6 +4,7 @@ Legend: B batch, V validation batch, N unroll length.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -24,11 +25,28 @@ Step = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 Unroll = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 
 
+def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], Array, bool], tuple[Any, PyTree]]:
+    """What of a student a loss reads: its `apply`, or its `head`.
+
+    Raises:
+      ValueError: the loss reads the last layer apart, and the student does not give it.
+    """
+    if loss.reads == "outputs":
+        return student.apply
+    if student.head is None:
+        raise ValueError(
+            "This loss reads the student's features and last layer, and the student has no `head`: make it with "
+            "from_linen and a last Dense layer named 'output', or give Student(init, apply, head)."
+        )
+    return student.head
+
+
 def inner_objective(student: Student, loss: Loss) -> InnerLoss:
     """The student's training objective: the mean of the unreduced loss over a batch, batch statistics in BatchNorm."""
+    outputs_of = outputs_for(student, loss)
 
     def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
-        outputs, stats = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
+        outputs, stats = outputs_of({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
         losses = loss.apply(loss_params, outputs, batch.targets)
         if losses.shape != batch.targets.shape[:1]:
             raise ValueError(

@@ -2,8 +2,6 @@
 
 from collections.abc import Callable
 
-import jax
-
 from l2t_jax.losses.checking import LossError, check_loss
 from l2t_jax.losses.common import fixed
 from l2t_jax.losses.cross_entropy import cross_entropy
@@ -21,10 +19,8 @@ LOSSES: dict[str, Callable[..., Loss]] = {
 
 
 def fixed_losses() -> list[str]:
-    """Names of the losses without parameters: those a student can be trained with as they are."""
-    # Traced only: a command asks before it has chosen its devices, and nothing may be computed until then.
-    shapes = {name: jax.eval_shape(lambda b=build: b().init(jax.random.key(0))) for name, build in LOSSES.items()}
-    return [name for name, shape in shapes.items() if not jax.tree.leaves(shape)]
+    """Names of the losses that need no teacher: those a student can be trained with as they are."""
+    return [name for name, build in LOSSES.items() if build().learned != "teacher"]
 
 
 __all__ = ["LOSSES", "LossError", "check_loss", "fixed", "fixed_losses"]

@@ -6,7 +6,7 @@ from typing import TypeVar
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.types import Array, Loss, PyTree
+from l2t_jax.types import Array, Head, Loss, PyTree
 
 EXAMPLES = 6
 T = TypeVar("T")
@@ -34,10 +34,13 @@ def check_loss(loss: Loss, num_classes: int, name: str = "the loss") -> None:
     if not _finite(params):
         raise LossError(f"{name}: init gives parameters that are not finite.")
 
-    def total(params: PyTree, outputs: Array) -> Array:
-        return jnp.sum(loss.apply(params, outputs, targets))
+    def values_of(params: PyTree, outputs: Array) -> Array:
+        return loss.apply(loss.at(params, jnp.float32(0)), as_read(loss, outputs), targets)
 
-    found = _tried(f"{name}: apply failed", lambda: jax.eval_shape(loss.apply, params, outputs, targets))
+    def total(params: PyTree, outputs: Array) -> Array:
+        return jnp.sum(values_of(params, outputs))
+
+    found = _tried(f"{name}: apply failed", lambda: jax.eval_shape(values_of, params, outputs))
     if not (hasattr(found, "shape") and hasattr(found, "dtype")):
         raise LossError(f"{name}: apply gives a {type(found).__name__}, expected an array of losses [B].")
     if found.shape != (EXAMPLES,) or not jnp.issubdtype(found.dtype, jnp.floating):
@@ -51,7 +54,7 @@ def check_loss(loss: Loss, num_classes: int, name: str = "the loss") -> None:
         ones = jnp.ones_like(outputs)
         return jax.jvp(lambda outputs: first(params, outputs), (outputs,), (ones,))
 
-    compute = jax.jit(lambda *a: (loss.apply(*a, targets), *derivatives(*a)))
+    compute = jax.jit(lambda *a: (values_of(*a), *derivatives(*a)))
     values, first, second = _tried(f"{name}: it cannot be differentiated twice", lambda: compute(params, outputs))
     for what, tree in (("values", values), ("first derivatives", first), ("second derivatives", second)):
         if not _finite(tree):
@@ -60,6 +63,14 @@ def check_loss(loss: Loss, num_classes: int, name: str = "the loss") -> None:
         raise LossError(
             f"{name}: its derivative with respect to the outputs is zero everywhere: nothing would be learned."
         )
+
+
+def as_read(loss: Loss, outputs: Array) -> Array | Head:
+    """Outputs [B, C] in the form a loss reads: themselves, or as the features of a last layer that is the identity."""
+    if loss.reads == "outputs":
+        return outputs
+    classes = outputs.shape[-1]
+    return Head(outputs, jnp.eye(classes, dtype=outputs.dtype), jnp.zeros(classes, outputs.dtype))
 
 
 def _tried(what: str, work: Callable[[], T]) -> T:

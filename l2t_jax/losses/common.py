@@ -29,7 +29,7 @@ def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
             outputs, targets = hide(outputs, targets, mask)
             return weigh(unweighted(outputs, targets), sample_weight, mask)
 
-        return Loss(init=no_parameters, apply=apply)
+        return Loss(init=no_parameters, apply=apply, learned="no")
 
     build.__doc__ = function.__doc__
     return build

@@ -10,8 +10,20 @@ import jax.numpy as jnp
 import optax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
-from l2t_jax.methods.common import finite, stage, train_stage
-from l2t_jax.types import Array, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task, Teacher
+from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.types import (
+    Array,
+    Batch,
+    Key,
+    Loss,
+    Method,
+    MethodState,
+    PyTree,
+    RoundBatches,
+    Student,
+    Task,
+    Teacher,
+)
 from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
 STAGES = {"continue": 2, "restart": 1}  # -> S, and the multiples of N student steps that a round keeps
@@ -101,7 +113,11 @@ def l2t_dln(
         metrics = _metrics(first, second, state.loss, phi, tau_gradient)
         return MethodState(second.state, phi, tau, h, adam), metrics
 
-    return Method(init=init, round=round, stages=STAGES[second_stage], steps_per_round=STAGES[second_stage])
+    def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
+        return pull_of(student, loss, state.student.variables, state.loss, batch)
+
+    stages = STAGES[second_stage]
+    return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
 
 
 def _metrics(

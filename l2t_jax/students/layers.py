@@ -4,17 +4,19 @@ Legend: B batch, H and W height and width in pixels, c channels.
 """
 
 from functools import partial
-from typing import cast
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 
 from l2t_jax.convolution import conv2d
-from l2t_jax.types import Array, Key, PyTree, Student
+from l2t_jax.types import Array, Head, Key, PyTree, Student
 
 # Normal, not truncated, with variance 2 / fan_in: the initialisation of He et al. 2015, Eq. 10.
 he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
+
+LAST = "output"  # the name of every student's last layer
 
 
 def from_linen(module: nn.Module) -> Student:
@@ -29,10 +31,11 @@ def from_linen(module: nn.Module) -> Student:
     Returns:
       A student. `init(key, inputs)` gives {"params", "batch_stats"}, the latter {} without BatchNorm;
       `apply(variables, inputs, train)` gives outputs [B, C] and the new statistics, which are those that
-      came in where `train` is False.
+      came in where `train` is False; `head(variables, inputs, train)` gives the last layer apart in place of the
+      outputs, where that is a Dense layer of the module itself, named "output".
 
     Raises:
-      ValueError: `init` was given inputs that are not floating point.
+      ValueError: `init` was given inputs that are not floating point; `head`, there is no such layer.
     """
 
     # Under jit the forward pass that linen traces is dropped, and only the parameters are computed.
@@ -52,7 +55,25 @@ def from_linen(module: nn.Module) -> Student:
         # linen reduces half precision in float32; the carry of a scan keeps its dtype.
         return outputs, jax.tree.map(lambda a, b: a.astype(b.dtype), updated["batch_stats"], old)
 
-    return Student(init, apply)
+    def head(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Head, PyTree]:
+        features: list[Array] = []
+
+        def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            if context.module.path == (LAST,) and context.method_name == "__call__":
+                features.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(keep):
+            _, stats = apply(variables, inputs, train)
+        last = variables["params"].get(LAST, {})
+        if not (features and {"kernel", "bias"} <= set(last)):
+            raise ValueError(
+                f"{type(module).__name__} has no last Dense layer with a bias named {LAST!r}, which this loss reads: "
+                f"name it so, nn.Dense(num_classes, name={LAST!r}), or take a loss of outputs."
+            )
+        return Head(features[0], last["kernel"], last["bias"]), stats
+
+    return Student(init, apply, head)
 
 
 def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
