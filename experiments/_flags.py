@@ -1,28 +1,23 @@
-"""The flags experiments share, and the frozen `Config` they resolve to. Defaults come from the preset's column."""
+"""The flags that experiments share. Defaults come from the preset's column."""
 
 import dataclasses
 import datetime
 import difflib
-import sys
 from collections.abc import Iterable
-from typing import Any, NoReturn
+from typing import Any
 
 from absl import flags
 
+from experiments._config import Config, Noise, Options, UsageError, fail
+from experiments._methods import TAUGHT, method_names
 from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
-from l2t_jax.losses import fixed_losses
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.parallel import SHARDS, leave
+from l2t_jax.parallel import SHARDS
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 
-METHOD_NAMES = ["l2t_dln", *fixed_losses()]
 SHORTCUTS = ["a", "b"]
-
-
-class UsageError(ValueError):
-    """A flag's value that cannot be used; the message is one line for the user."""
 
 
 def _choices(names: Iterable[str]) -> str:
@@ -56,8 +51,9 @@ flags.DEFINE_integer("head_grid", 1, "ResNet head: the last map is averaged to t
 flags.DEFINE_string(
     "method",
     "l2t_dln,cross_entropy",
-    f"One or more, comma separated: {_choices(METHOD_NAMES)}. l2t_dln is reported twice: online (the student that grew "
-    "up with the teacher) and transfer (the trained, frozen teacher and a fresh DLN teach a fresh student).",
+    f"One or more, comma separated: {_choices(method_names())}. {', '.join(TAUGHT)} are reported twice: online (the "
+    "student that grew up with the teacher) and transfer (the trained, frozen teacher teaches a fresh student with a "
+    "fresh loss).",
 )
 flags.DEFINE_string(
     "preset",
@@ -136,49 +132,13 @@ flags.DEFINE_bool("tensorboard", False, "Write TensorBoard scalars too: pip inst
 FLAGS = flags.FLAGS
 
 
-@dataclasses.dataclass(frozen=True)
-class Config:
-    """Every value that decides a result. Two runs with equal configs (and versions) give equal numbers."""
-
-    dataset: str
-    student: str
-    width: int | None
-    shortcut: str
-    head_grid: int
-    methods: tuple[str, ...]
-    preset: str
-    teacher: str
-    rounds: int | None  # None: as many as `settings.epochs` have
-    memory: str
-    seeds: tuple[int, ...]
-    settings: Preset
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """Values that decide no result."""
-
-    data_dir: str | None
-    download: bool
-    workdir: str
-    resume: bool
-    checkpoint_seconds: float
-    tensorboard: bool
-    seeds_at_once: int | None
-    devices: int
-    shard: str
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-
-
-def resolve(experiment: str) -> tuple[Config, Options]:
+def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Options]:
     """Turn the parsed flags into a `Config` and `Options`.
 
     Raises:
       UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
     """
-    preset = PRESETS[_known("preset", FLAGS.preset, PRESETS)]
+    preset = PRESETS[known("preset", FLAGS.preset, PRESETS)]
     if FLAGS.rounds is not None and FLAGS.epochs is not None:
         raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
     if FLAGS.resume and FLAGS.workdir is None:
@@ -188,18 +148,19 @@ def resolve(experiment: str) -> tuple[Config, Options]:
         name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None
     }
     config = Config(
-        dataset=_known("dataset", FLAGS.dataset, DATASETS),
-        student=_known("student", FLAGS.student, STUDENTS),
+        dataset=known("dataset", FLAGS.dataset, DATASETS),
+        student=known("student", FLAGS.student, STUDENTS),
         width=FLAGS.width,
-        shortcut=_known("shortcut", FLAGS.shortcut, SHORTCUTS),
+        shortcut=known("shortcut", FLAGS.shortcut, SHORTCUTS),
         head_grid=FLAGS.head_grid,
         methods=_methods(FLAGS.method),
         preset=FLAGS.preset,
-        teacher=_known("teacher", FLAGS.teacher, TEACHERS),
+        teacher=known("teacher", FLAGS.teacher, TEACHERS),
         rounds=FLAGS.rounds,
-        memory=_known("memory", FLAGS.memory, MEMORY_MODES),
+        memory=known("memory", FLAGS.memory, MEMORY_MODES),
         seeds=parse_seeds(FLAGS.seeds),
         settings=_checked(dataclasses.replace(preset, **given)),
+        noise=noise,
     )
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     options = Options(
@@ -211,7 +172,7 @@ def resolve(experiment: str) -> tuple[Config, Options]:
         tensorboard=FLAGS.tensorboard,
         seeds_at_once=FLAGS.seeds_at_once,
         devices=FLAGS.devices,
-        shard=_known("shard", FLAGS.shard, SHARDS),
+        shard=known("shard", FLAGS.shard, SHARDS),
         coordinator=FLAGS.coordinator,
         num_processes=FLAGS.num_processes,
         process_id=FLAGS.process_id,
@@ -245,30 +206,25 @@ def parse_arguments(argv: list[str]) -> list[str]:
     return rest
 
 
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Say in one line what is wrong and exit."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    leave(code)
-
-
 def _module(path: str) -> str:
     return "experiments." + path.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")
 
 
 def _methods(text: str) -> tuple[str, ...]:
-    names = tuple(_known("method", name.strip(), METHOD_NAMES) for name in text.split(",") if name.strip())
+    choices = method_names()
+    names = tuple(known("method", name.strip(), choices) for name in text.split(",") if name.strip())
     if not names or len(set(names)) < len(names):
-        raise UsageError(f"--method={text!r} must name each method once, at least one: {_choices(METHOD_NAMES)}.")
+        raise UsageError(f"--method={text!r} must name each method once, at least one: {_choices(choices)}.")
     return names
 
 
-def _known(flag: str, name: str, known: Iterable[str]) -> str:
-    known = list(known)
-    if name in known:
+def known(flag: str, name: str, names: Iterable[str]) -> str:
+    """Check a name, and raise a UsageError that lists the known ones where it is not one of them."""
+    if name in (names := list(names)):
         return name
-    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
     hint = f" Did you mean {near[0]}?" if near else ""
-    raise UsageError(f"--{flag}={name} is unknown.{hint} Known: {', '.join(known)}.")
+    raise UsageError(f"--{flag}={name} is unknown.{hint} Known: {', '.join(names)}.")
 
 
 def _checked(settings: Preset) -> Preset:

@@ -14,23 +14,37 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments._setting import Entry, Setting, example_inputs
+from experiments._methods import Entry
+from experiments._setting import Setting, example_inputs
 from l2t_jax import plots
 from l2t_jax.losses.dln import Layer, pair_value
+from l2t_jax.noise import wrong_share
 from l2t_jax.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.training import Outcome
 
 SURFACE_POINTS = 41
+OBSERVED = {  # see `experiments._observe`
+    "memorised": "wrong labels learned, share",
+    "recovered": "wrong labels seen through, share",
+    "fitted": "right labels learned, share",
+    "wrong_pull": "share of the gradient from wrong labels",
+}
 Outcomes = dict[tuple[str, int], Outcome | str]  # a string where a run could not even begin
 
 
-def report(setting: Setting, entries: list[Entry], outcomes: Outcomes, directory: RunDirectory) -> None:
-    """Write summary.json, a record that stands for itself (results, and what config.json holds), plot and print."""
+def report(
+    setting: Setting, entries: list[Entry], outcomes: Outcomes, directory: RunDirectory, *, alone: bool = True
+) -> None:
+    """Write summary.json, a record that stands for itself: results and what config.json holds.
+
+    The test set is read here. Where the run stands alone, and is no cell of a table, it is plotted and printed too.
+    """
     summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
     write_json(directory.path / "summary.json", summary)
-    _plot(setting, directory)
-    _print(summary, setting.options.workdir)
+    if alone:
+        _plot(setting, directory)
+        _print(summary, setting.options.workdir)
 
 
 def reason(outcome: Outcome | str) -> str | None:
@@ -42,13 +56,14 @@ def reason(outcome: Outcome | str) -> str | None:
 
 def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict[str, Any]:
     config, schedule = setting.config, setting.schedule
-    test = jax.device_put({"images": setting.dataset.test_images, "labels": setting.dataset.test_labels})
+    test = jax.device_put(setting.dataset.test)
     methods = {}
     for entry in entries:
         results = [(seed, outcomes[(entry.name, seed)]) for seed in config.seeds]
         methods[entry.name] = {
             "test_accuracy": statistics([_test_accuracy(setting, outcome, test) for _, outcome in results]),
-            "student_steps": schedule.rounds * schedule.unroll_length * entry.method.steps_per_round,
+            "student_steps": schedule.rounds * schedule.of(entry.method).unroll_length * entry.method.steps_per_round,
+            "learned_parameters": _learned(setting, entry),
             "rounds": schedule.rounds,
             "wall_time_s": sum(outcome.wall_time_s for _, outcome in results if isinstance(outcome, Outcome)),
             "failed": [{"seed": seed, "reason": why} for seed, outcome in results if (why := reason(outcome))],
@@ -82,26 +97,23 @@ def _test_accuracy(setting: Setting, outcome: Outcome | str, test: dict[str, Any
     return float(evaluate(setting.student, outcome.state.student.variables, test, setting.task)["accuracy"])
 
 
+def _learned(setting: Setting, entry: Entry) -> dict[str, int]:
+    """How many numbers the loss and the teacher of a method have."""
+    state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
+    count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
+    return {"loss": count(state.loss), "teacher": count(state.teacher)}
+
+
 def _parameters(setting: Setting) -> int:
     variables = jax.eval_shape(setting.student.init, jax.random.key(0), example_inputs(setting.dataset))
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
 def _plot(setting: Setting, directory: RunDirectory) -> None:
-    directory.plots_dir.mkdir(exist_ok=True)
-    rows = Metrics.read(directory.metrics.path)
+    rows, observations = Metrics.read(directory.metrics.path), Metrics.read(directory.observations.path)
     what = f"{setting.config.dataset}, {setting.config.student}, preset {setting.config.preset}"
-    for name, label in (
-        ("validation_error", "validation error"),
-        ("validation_accuracy", "validation accuracy"),
-    ):
-        plots.learning_curves(
-            directory.plots_dir / f"{name}.png",
-            curves(rows, name),
-            ylabel=label,
-            title=f"{what}: {label} of the re-divided split",
-            log_y=name == "validation_error",
-        )
+    share = wrong_share(setting.dataset)
+    plot_curves(directory.plots_dir, rows, observations, what, wrong_labels=share)
     norms = {
         f"{method}: {name.replace('_', ' ')}": curve
         for name in ("hypergradient_norm", "dln_update_norm", "teacher_gradient_norm")
@@ -112,6 +124,32 @@ def _plot(setting: Setting, directory: RunDirectory) -> None:
         plots.norms(directory.plots_dir / "norms.png", norms, title=f"{what}: norms")
     for folder in sorted(directory.snapshots_dir.glob("*/seed_*")):
         _plot_surfaces(setting, directory, folder)
+
+
+def plot_curves(
+    folder: Path,
+    rows: list[dict[str, Any]],
+    observations: list[dict[str, Any]],
+    what: str,
+    *,
+    prefix: str = "",
+    wrong_labels: float = 0.0,
+) -> None:
+    """Draw the validation curves of the methods and, where labels are wrong, what the students did with them."""
+    for name, label in (("validation_error", "validation error"), ("validation_accuracy", "validation accuracy")):
+        title, log_y = f"{what}: {label} while training", name == "validation_error"
+        plots.learning_curves(
+            folder / f"{prefix}{name}.png", curves(rows, name), ylabel=label, title=title, log_y=log_y
+        )
+    for name, label in OBSERVED.items():
+        found = curves(observations, name)
+        if found and name == "wrong_pull":
+            ends = np.asarray([0, max(x[-1] for x, _ in found.values())])
+            found["their share of the labels"] = ends, np.full((1, 2), wrong_labels)
+        if found:
+            plots.learning_curves(
+                folder / f"{prefix}{name}.png", found, ylabel=label, title=f"{what}: {label}", log_y=False
+            )
 
 
 def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
@@ -136,6 +174,8 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
         percentage = f"{100 * done / setting.schedule.rounds:.0f} % (round {done})"
         share = {0: "start", setting.schedule.rounds: "end"}.get(done, percentage)
         arrays = load_arrays(path)
+        if "0/kernel" not in arrays:  # no network of layers, so no surface over two predictions
+            return
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
@@ -150,7 +190,11 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
 
 def _print(summary: dict[str, Any], workdir: str) -> None:
     seeds = ", ".join(map(str, summary["seeds"]))
-    table = Table(title=f"{summary['dataset']}, {summary['student']}, preset {summary['preset']}, seeds {seeds}")
+    noise = summary["config"]["noise"]
+    labels = "" if noise is None else f", {noise['kind']} {100 * noise['ratio']:g} %"
+    table = Table(
+        title=f"{summary['dataset']}, {summary['student']}{labels}, preset {summary['preset']}, seeds {seeds}"
+    )
     for column in ("method", "test accuracy, %", "student steps", "wall time, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in summary["methods"].items():

@@ -10,10 +10,13 @@ from typing import Any
 
 import jax
 
-from experiments._flags import Options
+from experiments._config import Options
+from experiments._methods import Entry
+from experiments._observe import Observer
 from experiments._report import Outcomes, reason, report
-from experiments._setting import Entry, Setting, example_inputs
+from experiments._setting import Setting, example_inputs
 from l2t_jax.checkpoints import Checkpoints
+from l2t_jax.noise import wrong_share
 from l2t_jax.parallel import leader_first
 from l2t_jax.progress import RunProgress
 from l2t_jax.records import (
@@ -26,6 +29,7 @@ from l2t_jax.records import (
 from l2t_jax.training import Outcome, Run, compile_rounds, train
 from l2t_jax.types import MethodState
 
+OBSERVATIONS = 40  # moments of a run at which examples with wrong labels are looked at, beside its start
 FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
 
 
@@ -61,11 +65,14 @@ class Stop:
         self._report(f"{signal.Signals(number).name}: finishing and saving these rounds; once more stops at once")
 
 
-def run_entries(setting: Setting, entries: list[Entry]) -> int:
+def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -> int:
     """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
 
     summary.json is a record that stands for itself: results, and what config.json holds.
 
+    Args:
+      setting, entries: of `build_setting`.
+      alone: False where this is a cell of a table, which has plots and tables of its own.
     Returns:
       the exit code: 0, or 1 where any seed of any entry stopped early.
     Raises:
@@ -77,6 +84,8 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
     record = dataclasses.asdict(config) | {
         "rounds": setting.schedule.rounds,
         "dataset_sha256": setting.dataset.sha256,
+        "meta": setting.dataset.meta,
+        "wrong_labels": wrong_share(setting.dataset),
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume))
     pairs = [(entry.name, seed) for entry in entries for seed in config.seeds]
@@ -88,7 +97,7 @@ def run_entries(setting: Setting, entries: list[Entry]) -> int:
         for entry in entries:
             outcomes |= _train_entry(setting, entry, directory, progress, outcomes, stop)
     if directory is not None:
-        report(setting, entries, outcomes, directory)
+        report(setting, entries, outcomes, directory, alone=alone)
     return int(any(reason(outcome) for outcome in outcomes.values()))
 
 
@@ -128,7 +137,9 @@ def _train_entry(
     """Train one entry for every seed; an outcome is a string where the run could not even begin."""
     dataset = setting.dataset
     program = compile_rounds(entry.method, setting.task, dataset.augment, setting.layout)
-    data = program.data({"images": dataset.train_images, "labels": dataset.train_labels})
+    data = program.data(dataset.training)
+    schedule = setting.schedule.of(entry.method)
+    observer = Observer(setting, entry.method) if directory is not None and dataset.true_labels is not None else None
     outcomes: Outcomes = {}
     ready = []
     for seed in setting.config.seeds:
@@ -141,10 +152,10 @@ def _train_entry(
     for first in range(0, len(ready), setting.layout.runs):
         members = ready[first : first + setting.layout.runs]
         runs = [
-            _run(setting, entry.name, seed, _initial(setting, entry, seed, taught), directory, progress)
+            _run(setting, entry.name, seed, _initial(setting, entry, seed, taught), directory, progress, observer)
             for seed, taught in members
         ]
-        trained = train(runs, setting.schedule, program, data, stop)
+        trained = train(runs, schedule, program, data, stop)
         for run, outcome in zip(runs, trained, strict=True):
             if run.checkpoints is not None:
                 run.checkpoints.close()
@@ -171,24 +182,34 @@ def _run(
     state: MethodState,
     directory: RunDirectory | None,
     progress: RunProgress,
+    observer: Observer | None,
 ) -> Run:
     """One run and where it is kept: nowhere in a process that is not the leader."""
-    learned = bool(jax.tree.leaves(state.loss))
+    rounds = setting.schedule.rounds
+    moments = {0, rounds // 5, rounds // 2, rounds}  # as in Figure 3: start, 20 %, 50 %, end
+    observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if observer else set()
 
     def snapshot(done: int, state: MethodState) -> None:
-        if learned and directory is not None:
+        if directory is None:
+            return
+        if done in moments and jax.tree.leaves(state.loss):
             folder = directory.snapshots_dir / name / f"seed_{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             save_arrays(folder / f"round_{done:06d}.npz", state.loss)
+        if observer and done in observed:
+            directory.observations.append([{"method": name, "seed": seed, "round": done, **observer(done, state)}])
 
     def forget(done: int) -> None:
-        if directory is not None:
-            directory.metrics.truncate(lambda row: (row["method"], row["seed"]) != (name, seed) or row["round"] < done)
+        if directory is None:
+            return
+        mine = lambda row: (row["method"], row["seed"]) == (name, seed)  # noqa: E731
+        directory.metrics.truncate(lambda row: not mine(row) or row["round"] < done)
+        # A row of metrics is of the round with its number, an observation of the state after so many.
+        directory.observations.truncate(lambda row: not mine(row) or (done > 0 and row["round"] <= done))
 
     def show(done: int, row: dict[str, Any] | None) -> None:
         progress.update(name, seed, done, None if row is None else row["validation_error"])
 
-    rounds = setting.schedule.rounds
     return Run(
         name=name,
         seed=seed,
@@ -197,7 +218,7 @@ def _run(
         write=_writer(setting.options, directory, name, seed) if directory is not None else lambda rows: None,
         forget=forget,
         snapshot=snapshot,
-        snapshot_rounds=tuple(sorted({0, rounds // 5, rounds // 2, rounds})),  # as in Figure 3: start, 20 %, 50 %, end
+        snapshot_rounds=tuple(sorted(moments | observed)),
         progress=show,
         report=progress.line,
         checkpoint_seconds=setting.options.checkpoint_seconds,

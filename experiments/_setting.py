@@ -1,25 +1,24 @@
-"""What the entries of an experiment share, and how its programs are kept."""
+"""What the entries of an experiment share: data, student, task, schedule, layout."""
 
+import dataclasses
 import os
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 
-from experiments._flags import Config, Options
+from experiments._config import Config, Options, UsageError
+from experiments._methods import Entry, Parts, build_entries
+from l2t_jax import parallel
 from l2t_jax.data import Dataset
+from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.parallel import Layout
+from l2t_jax.students import STUDENTS
+from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.training import Schedule
-from l2t_jax.types import Array, Method, Student, Task
-
-
-class Entry(NamedTuple):
-    """A row of the table: a method, and whose trained teacher it takes over, if any."""
-
-    name: str
-    method: Method
-    teacher_of: str | None = None
+from l2t_jax.types import Array, Student, Task
 
 
 class Setting(NamedTuple):
@@ -32,6 +31,56 @@ class Setting(NamedTuple):
     task: Task
     schedule: Schedule
     layout: Layout
+
+
+def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[Setting, list[Entry]]:
+    """All that the flags describe, checked as far as it can be before anything is computed.
+
+    Raises:
+      UsageError, ParallelError: something does not fit; one line says what.
+    """
+    layout = parallel.layout_of(len(config.seeds), options.devices, options.shard, options.seeds_at_once)
+    sizes = {name: getattr(config.settings, name) for name in ("batch_size", "validation_batch_size")}
+    parallel.check(layout, **sizes)
+    task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
+    schedule = build_schedule(config, dataset)
+    optimizer = optax.sgd(config.settings.student_lr)
+    parts = Parts(config, student, task, optimizer, dataset.num_classes, schedule, layout)
+    return Setting(config, options, dataset, student, task, schedule, layout), build_entries(parts)
+
+
+def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:
+    """The student that the flags describe, once it is sure to fit the data set's images."""
+    knobs: dict[str, Any] = {} if config.width is None else {"width": config.width}
+    if config.student.startswith("resnet"):
+        knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid, "axis_name": axis_name}
+    elif (config.shortcut, config.head_grid) != ("a", 1):
+        raise UsageError(f"--shortcut and --head_grid are of the ResNets; --student={config.student} has neither.")
+    try:
+        student = STUDENTS[config.student](num_classes=dataset.num_classes, **knobs)
+        jax.eval_shape(student.init, jax.random.key(0), example_inputs(dataset))
+    except ValueError as error:
+        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
+    return student
+
+
+def build_schedule(config: Config, dataset: Dataset) -> Schedule:
+    """How long the run is and what a round reads; a meta set takes the place of the division into two parts."""
+    settings, examples = config.settings, len(dataset.train_labels)
+    try:
+        schedule = Schedule(
+            rounds=config.rounds or 1,
+            unroll_length=settings.unroll_length,
+            batch_size=settings.batch_size,
+            validation_batch_size=settings.validation_batch_size,
+            validation_ratio=dataset.meta / examples if dataset.meta else settings.validation_ratio,
+            examples=examples,
+            stages=STAGES[settings.second_stage],
+            fixed_split=dataset.meta > 0,
+        )
+    except ValueError as error:
+        raise UsageError(str(error)) from error
+    return dataclasses.replace(schedule, rounds=config.rounds or settings.epochs * schedule.rounds_per_epoch)
 
 
 def enable_compilation_cache() -> None:

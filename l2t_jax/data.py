@@ -35,12 +35,25 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool  # whether training images are cropped and flipped at random
+    true_labels: np.ndarray | None = None  # [n] int32, where the training labels were corrupted: what they were before
+    meta: int = 0  # so many of the last training examples are a clean meta set, never trained on
+
+    @property
+    def training(self) -> dict[str, np.ndarray]:
+        """The training examples as `Task.gather` reads them."""
+        given = {"images": self.train_images, "labels": self.train_labels}
+        return given if self.true_labels is None else given | {"true": self.true_labels}
+
+    @property
+    def test(self) -> dict[str, np.ndarray]:
+        """The test examples as `Task.gather` reads them."""
+        return {"images": self.test_images, "labels": self.test_labels}
 
     @property
     def sha256(self) -> str:
         """The hash of all images and labels, shapes and dtypes included."""
         digest = hashlib.sha256()
-        for array in (self.train_images, self.train_labels, self.test_images, self.test_labels):
+        for array in (*self.training.values(), *self.test.values()):
             digest.update(f"{array.shape} {array.dtype.str}".encode())
             digest.update(np.ascontiguousarray(array).data)
         return digest.hexdigest()

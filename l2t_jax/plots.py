@@ -143,6 +143,56 @@ def costs(
     return _write(figure, path)
 
 
+def table(
+    path: str | Path,
+    header: Sequence[str],
+    cells: Sequence[Sequence[str]],
+    better: Sequence[Sequence[bool | None]],
+    *,
+    title: str,
+) -> Figure:
+    """Draw a table of text, its first column to the left.
+
+    Args:
+        path: the picture, its format by the suffix.
+        header: of each column.
+        cells: rows of as many texts.
+        better: of each cell, whether it is shaded as better (True), as worse (False) or not at all (None).
+        title: above it.
+
+    Raises:
+        ValueError: where there is no row, or rows are not as long as the header.
+    """
+    if not cells or any(len(row) != len(header) for row in (*cells, *better)):
+        raise ValueError(f"A table needs rows of {len(header)} cells, as many as its header has.")
+    shades = {True: "#CDEBDD", False: "#F6D9C6", None: "white"}
+    widths = [max(len(text) for text in column) for column in zip(header, *cells, strict=True)]
+    size = max(5.0, 0.6 + 0.095 * sum(widths) + 0.15 * len(widths)), 0.9 + 0.26 * len(cells)
+    figure = Figure(figsize=size, layout="constrained")
+    axes = figure.add_subplot()
+    axes.axis("off")
+    drawn = axes.table(
+        cellText=[list(row) for row in cells],
+        colLabels=list(header),
+        cellColours=[[shades[value] for value in row] for row in better],
+        colWidths=[width / sum(widths) for width in widths],
+        cellLoc="center",
+        loc="center",
+    )
+    drawn.auto_set_font_size(False)
+    drawn.set_fontsize(8.5)
+    drawn.scale(1, 1.25)
+    for (row, column), cell in drawn.get_celld().items():
+        cell.set_edgecolor("0.85")
+        if column == 0:
+            cell.set_text_props(ha="left")
+            cell.PAD = 0.03
+        if row == 0:
+            cell.set_text_props(weight="bold")
+    figure.suptitle(title, fontsize=9)
+    return _write(figure, path)
+
+
 def default_window(points: int) -> int:
     """The odd length of the running median for a curve of so many points."""
     return 1 if points <= 100 else 2 * (points // 100) + 1

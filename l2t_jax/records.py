@@ -102,13 +102,14 @@ class Metrics:
 
 
 class RunDirectory:
-    """Where a run keeps its record: config.json, metrics.jsonl, checkpoints/, plots/, snapshots/."""
+    """Where a run keeps its record: config.json, metrics.jsonl, observations.jsonl and folders beside them."""
 
     def __init__(self, path: str | Path) -> None:
         """Name the directory; `open_run` checks and locks it."""
         self.path = Path(path)
         self.config_path = self.path / "config.json"
         self.metrics = Metrics(self.path / "metrics.jsonl")
+        self.observations = Metrics(self.path / "observations.jsonl")  # of examples with wrong labels
         self.plots_dir = self.path / "plots"
         self.snapshots_dir = self.path / "snapshots"
 

@@ -48,8 +48,10 @@ class Schedule:
 
     @property
     def rounds_per_epoch(self) -> int:
-        """An epoch reads the validation part once."""
-        _, validation = order.split_sizes(self.examples, self.validation_ratio)
+        """An epoch reads the validation part once; where a meta set is kept apart, the training part."""
+        train, validation = order.split_sizes(self.examples, self.validation_ratio)
+        if self.fixed_split:
+            return max(1, train // (self.stages * self.unroll_length * self.batch_size))
         return order.rounds_per_epoch(validation, self.epoch_stages or self.stages, self.validation_batch_size)
 
     def of(self, method: Method) -> "Schedule":

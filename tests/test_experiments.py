@@ -12,7 +12,7 @@ import pytest
 from absl import flags
 from absl.testing import flagsaver
 
-from experiments import _flags, classification
+from experiments import _flags, _setting, classification
 from experiments._setting import example_inputs
 from experiments.presets import PRESETS
 from l2t_jax import data
@@ -104,11 +104,11 @@ def test_transfer_is_taught_by_the_frozen_teacher(finished):
     """The teacher of the transfer run is, from its first round to its last, the one that online training ended with."""
     with flagsaver.flagsaver():
         _flags.parse_arguments(["classification.py", *SMALL, f"--workdir={finished}"])
-        config, _ = _flags.resolve("classification")
+        config, options = _flags.resolve("classification")
     dataset = data.load("digits")
-    student, task = classification.build_student(config, dataset), classification.image_classification(dataset)
+    _, entries = _setting.build_setting(config, options, dataset)
     taught = {}
-    for entry in classification.build_entries(config, student, task, 10)[:2]:
+    for entry in entries[:2]:
         fresh = entry.method.init(jax.random.key(0), example_inputs(dataset))
         checkpoints = Checkpoints(finished / "checkpoints" / entry.name / "seed_1")
         taught[entry.name] = checkpoints.restore(fresh).state
@@ -158,7 +158,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
         return dispatch
 
     monkeypatch.setattr(training, "_dispatch", poisoned)
-    build = classification.image_classification
+    build = _setting.image_classification
 
     def task_with_holes(dataset):
         task = build(dataset)
@@ -172,7 +172,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
 
         return task._replace(gather=gather)
 
-    monkeypatch.setattr(classification, "image_classification", task_with_holes)
+    monkeypatch.setattr(_setting, "image_classification", task_with_holes)
     workdir = tmp_path / "run"
     arguments = [a for a in SMALL if "seeds" not in a]
     assert launch(*arguments, "--seeds=3", f"--workdir={workdir}") == 1

@@ -12,6 +12,7 @@ LAYERS = (  # lowest first; rooms of one layer do not import each other, except 
     {"losses", "students"},
     {"teachers"},
     {"data", "order"},
+    {"noise"},
     {"tasks"},
     {"unroll"},
     {"memory"},

@@ -107,3 +107,27 @@ def test_sizes_at_the_edge_are_allowed() -> None:
     assert sorted(train[0, 0]) == sorted(train[1, 2]) and len(set(validation.ravel())) == 40
     with pytest.raises(ValueError, match="round=-1"):
         order.round_indices(3, -1, **SIZES)
+
+
+def test_a_method_of_single_steps_has_the_same_epochs_and_training_batches() -> None:
+    """Six stages of one step read what two stages of three read; validation batches stream over the epoch's part."""
+    single = {"stages": 6, "unroll_length": 1, "epoch_stages": 2}
+    seen = []
+    for r in range(9):  # two epochs of four rounds, and one more
+        train, _ = order.round_indices(3, r, **SIZES)
+        other, validation = order.round_indices(3, r, **SIZES | single)
+        np.testing.assert_array_equal(other.ravel(), train.ravel())
+        assert np.isin(validation, order.epoch_split(3, r // 4, 103, 0.4).validation).all()
+        seen.append(validation)
+    assert validation.shape == (6, 5)
+    streamed = np.concatenate(seen[:4])  # 24 batches of 5 in passes of 8 batches, 41 examples
+    passes = streamed.reshape(3, 40)
+    assert all(len(np.unique(one)) == 40 for one in passes)
+    assert np.any(passes[0] != passes[1])
+
+
+def test_first_pass_over_the_validation_part_is_its_own_order() -> None:
+    """What records of earlier versions read: consecutive blocks of the epoch's division."""
+    _, validation = order.round_indices(3, 5, **SIZES)
+    part = order.epoch_split(3, 1, 103, 0.4).validation
+    np.testing.assert_array_equal(validation.ravel(), part[10:20])

@@ -5,20 +5,42 @@ import re
 from pathlib import Path
 
 import pytest
+from absl.testing import flagsaver
 
+from experiments import _flags, _methods, classification
 from experiments._report import percent
+from l2t_jax import losses, students
 
 RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.json"))
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
 
-def test_python_examples_run():
+@pytest.fixture
+def registries():
+    """The dicts that readers add to, as they were again afterwards."""
+    known = (losses.LOSSES, students.STUDENTS, _methods.METHODS)
+    before = [dict(registry) for registry in known]
+    yield
+    for registry, entries in zip(known, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+def test_python_examples_run(registries, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 3
+    assert len(blocks) >= 4
     namespace = {}
     for block in blocks:
         exec(compile(block, "README.md", "exec"), namespace)
     assert namespace["result"].error > 0
+    # What the reader has added is known to the command line, and learns.
+    arguments = ("--method=brier,better_of_two", "--student=linear", "--seeds=1", "--rounds=20", "--unroll_length=10")
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        _flags.parse_arguments(["classification.py", *arguments, f"--workdir={tmp_path / 'run'}"])
+        classification.main([])
+    assert stop.value.code == 0
+    methods = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
+    assert all(methods[name]["test_accuracy"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
 
 
 def test_files_it_names_exist():

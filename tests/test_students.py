@@ -151,6 +151,74 @@ def test_axis_name_makes_parts_of_a_batch_act_as_the_whole(small: tuple[Student,
         np.testing.assert_allclose(part, np.stack([one, one]), rtol=1e-3, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", STUDENTS)
+@pytest.mark.parametrize("train", [True, False])
+def test_head_is_the_last_layer_taken_apart(name: str, train: bool) -> None:
+    """Run, not only traced, for one ResNet: the others are the same module with more blocks."""
+    student = STUDENTS[name](num_classes=3, width=2)
+    variables = variables_of(student.init, images())
+    assert student.head is not None
+
+    def both(variables: dict, x: Array) -> tuple:
+        head, stats = student.head(variables, x, train)
+        return head, head.features @ head.kernel + head.bias, stats, *student.apply(variables, x, train)
+
+    if name in ("resnet20", "resnet32"):
+        head, rebuilt, stats, outputs, expected = jax.eval_shape(both, variables, images())
+        assert jax.tree.map(jnp.shape, (rebuilt, stats)) == jax.tree.map(jnp.shape, (outputs, expected))
+        return
+    head, rebuilt, stats, outputs, expected = jax.jit(both)(variables, images())
+    assert head.kernel.shape == (head.features.shape[-1], 3) and np.std(outputs) > 1e-4
+    np.testing.assert_allclose(rebuilt, outputs, rtol=1e-5, atol=1e-6)
+    for ours, theirs in zip(jax.tree.leaves(stats), jax.tree.leaves(expected), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_head_under_grad_and_vmap() -> None:
+    """A derivative through the head is that of the outputs, the last layer's included; seeds run side by side."""
+    student = STUDENTS["mlp"](num_classes=3, width=4)
+    assert student.head is not None
+    first = variables_of(student.init, images())
+    seeds = [first, jax.tree.map(lambda leaf: leaf + 0.1, first)]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *seeds)
+
+    def through_head(variables: dict, x: Array) -> Array:
+        head, _ = student.head(variables, x, True)
+        return jnp.sum(jnp.tanh(head.features @ head.kernel + head.bias))
+
+    def through_outputs(variables: dict, x: Array) -> Array:
+        return jnp.sum(jnp.tanh(student.apply(variables, x, True)[0]))
+
+    side_by_side = jax.jit(jax.vmap(jax.grad(through_head), in_axes=(0, None)))(stacked, images())
+    for seed, variables in enumerate(seeds):
+        expected = jax.grad(through_outputs)(variables, images())
+        for ours, theirs in zip(jax.tree.leaves(side_by_side), jax.tree.leaves(expected), strict=True):
+            np.testing.assert_allclose(ours[seed], theirs, rtol=1e-4, atol=1e-6)
+            assert np.abs(theirs).max() > 1e-4
+
+
+class Headless(nn.Module):
+    """Its last layer has another name, no bias, or belongs to a module inside."""
+
+    kind: str
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        if self.kind == "inside":
+            return Headless("whole", name="inner")(x, train)
+        name = "logits" if self.kind == "another name" else "output"
+        return nn.Dense(3, use_bias=self.kind != "no bias", name=name)(x)
+
+
+@pytest.mark.parametrize("kind", ["another name", "no bias", "inside"])
+def test_a_student_without_a_last_layer_of_that_name_has_no_head(kind: str) -> None:
+    student, x = layers.from_linen(Headless(kind)), jnp.ones((2, 4))
+    variables = student.init(jax.random.key(0), x)
+    assert student.head is not None and student.apply(variables, x, True)[0].shape == (2, 3)
+    with pytest.raises(ValueError, match="Headless has no last Dense layer with a bias named 'output'"):
+        student.head(variables, x, True)
+
+
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
 def test_max_pool_is_that_of_flax_gradient_included(shape: tuple[int, ...]) -> None:
     x, weights = images(0, shape), images(1, (2, shape[1] // 2, shape[2] // 2, 3))

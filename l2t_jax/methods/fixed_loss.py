@@ -58,7 +58,8 @@ def fixed_loss(
     beside = loss.learned == "student"
 
     def at(phi: PyTree, count: Array) -> PyTree:
-        return loss.at(phi, count / (steps or 1))
+        constant = loss.learned == "no"  # then what init gives is no state of the run
+        return loss.at(loss.init(jax.random.key(0)) if constant else phi, count / (steps or 1))
 
     def joined(theta: PyTree, phi: PyTree) -> PyTree:  # what the student's optimizer updates
         return {"student": theta, "loss": phi} if beside else theta
@@ -75,7 +76,7 @@ def fixed_loss(
 
     def init(key: Key, inputs: Array) -> MethodState:
         k_student, k_loss, _ = jax.random.split(key, 3)  # as in l2t_dln: the same key gives the same student
-        variables, phi = student.init(k_student, inputs), loss.init(k_loss)
+        variables, phi = student.init(k_student, inputs), {} if loss.learned == "no" else loss.init(k_loss)
         both = init_state({**variables, "params": joined(variables["params"], phi)}, student_optimizer)
         return MethodState(both._replace(params=variables["params"]), phi, {}, {"steps": jnp.int32(0)}, {})
 

@@ -24,8 +24,9 @@ def image_classification(dataset: Dataset) -> Task:
       dataset: gives mean, std (raw pixel units) and whether to augment; its images are not kept.
 
     Returns:
-      A task whose `gather(data, indices, keys)` reads {"images": uint8 [n, H, W, c], "labels": int32 [n]} at
-      indices of any shape [...] into a batch of inputs [..., H, W, c] float32 and targets [...] int32. With
+      A task whose `gather(data, indices, keys)` reads {"images": uint8 [n, H, W, c], "labels": int32 [n]} (and, where
+      the labels were corrupted, "true": int32 [n]) at indices of any shape [...] into a batch of inputs
+      [..., H, W, c] float32, targets [...] int32 and, if given, true targets [...]. With
       keys [...], and where the data set asks for it, every image is cropped and flipped at random, as in He et
       al. 2016.
     """
@@ -35,7 +36,8 @@ def image_classification(dataset: Dataset) -> Task:
         images = data["images"][indices]  # [..., H, W, c]
         if keys is not None and dataset.augment:
             images = crop_and_flip(images, keys)
-        return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices])
+        true = data["true"][indices] if "true" in data else ()
+        return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true)
 
     return Task(optax.softmax_cross_entropy_with_integer_labels, _metrics, gather)
 

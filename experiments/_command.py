@@ -1,0 +1,62 @@
+"""From the flags to the exit code: what every experiment module does, and how what went wrong is told."""
+
+import shlex
+import sys
+from collections.abc import Callable
+
+from absl import app, logging
+
+from experiments import _flags
+from experiments._config import Config, Noise, Options, UsageError, fail
+from experiments._noise import with_config
+from experiments._run import run_entries
+from experiments._setting import build_setting, enable_compilation_cache
+from l2t_jax import data, parallel
+from l2t_jax.checkpoints import CheckpointError
+from l2t_jax.records import WorkdirError
+from l2t_jax.training import StoppedError
+
+
+def start(main: Callable[[list[str]], None]) -> None:
+    """Entry point of a module: quiet libraries, then absl."""
+    logging.set_verbosity(logging.ERROR)  # tensorflow-datasets and orbax tell much; --verbosity=0 brings it back
+    app.run(main, flags_parser=_flags.parse_arguments)
+
+
+def command(
+    experiment: str, work: Callable[[Config, Options], int], noise: Callable[[], Noise | None] = lambda: None
+) -> None:
+    """Resolve the flags, start the devices, work, exit: 0; 1 where a seed stopped early; 2 where input was bad.
+
+    Args:
+      experiment: the module's name.
+      work: config, options -> exit code.
+      noise: what the module's own flags say of wrong labels, if it has them.
+    """
+    try:
+        config, options = _flags.resolve(experiment, noise())
+        parallel.start(options.devices, options.coordinator, options.num_processes, options.process_id)
+        code = work(config, options)
+    except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
+        fail(str(error))
+    except parallel.LostError as error:
+        fail(f"{error}. What was saved is intact; {_go_on(experiment, options)}", 1)
+    except (CheckpointError, OSError) as error:
+        fail(f"{error}. What was saved is intact; make room, then {_go_on(experiment, options)}", 1)
+    except (StoppedError, KeyboardInterrupt):
+        fail(f"interrupted; {_go_on(experiment, options)}", 130)
+    sys.exit(code)
+
+
+def run_one(config: Config, options: Options) -> int:
+    """Train all methods of a config, as one run in one directory."""
+    dataset = with_config(data.load(config.dataset, options.data_dir, options.download), config)
+    setting, entries = build_setting(config, options, dataset)
+    enable_compilation_cache()
+    return run_entries(setting, entries)
+
+
+def _go_on(experiment: str, options: Options) -> str:
+    # Of a flag given twice the last counts.
+    again = shlex.join([*sys.argv[1:], f"--workdir={options.workdir}", "--resume"])
+    return f"go on with: python -m experiments.{experiment} {again}"

@@ -1,0 +1,65 @@
+"""What an experiment's flags resolve to, and how bad input is told."""
+
+import dataclasses
+import sys
+from typing import NoReturn
+
+from experiments.presets import Preset
+from l2t_jax.parallel import leave
+
+
+class UsageError(ValueError):
+    """A flag's value that cannot be used; the message is one line for the user."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Noise:
+    """Wrong training labels, see `l2t_jax.noise`."""
+
+    kind: str
+    ratio: float
+    meta: int | None  # clean examples kept apart; None: as many as `experiments._noise.META` says
+    seed: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+    """Every value that decides a result. Two runs with equal configs (and versions) give equal numbers."""
+
+    dataset: str
+    student: str
+    width: int | None
+    shortcut: str
+    head_grid: int
+    methods: tuple[str, ...]
+    preset: str
+    teacher: str
+    rounds: int | None  # None: as many as `settings.epochs` have
+    memory: str
+    seeds: tuple[int, ...]
+    settings: Preset
+    noise: Noise | None = None  # None: the labels are right
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """Values that decide no result."""
+
+    data_dir: str | None
+    download: bool
+    workdir: str
+    resume: bool
+    checkpoint_seconds: float
+    tensorboard: bool
+    seeds_at_once: int | None
+    devices: int
+    shard: str
+    coordinator: str | None
+    num_processes: int | None
+    process_id: int | None
+
+
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say in one line what is wrong and exit."""
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    leave(code)

@@ -1,0 +1,215 @@
+"""Methods by the names that --method knows: how each is composed for a run.
+
+A new method is one file in l2t_jax/methods and one line in METHODS. A loss that needs no teacher is one by itself.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import optax
+
+from experiments._config import Config, UsageError
+from l2t_jax.losses import LossError, build_loss, check_loss, fixed_losses
+from l2t_jax.methods.ala import ala
+from l2t_jax.methods.common import several
+from l2t_jax.methods.fixed_loss import fixed_loss
+from l2t_jax.methods.l2rw import l2rw
+from l2t_jax.methods.l2t_dlf import l2t_dlf
+from l2t_jax.methods.l2t_dln import l2t_dln
+from l2t_jax.methods.mentornet import mentornet
+from l2t_jax.methods.meta_weight_net import meta_weight_net
+from l2t_jax.methods.slf import slf
+from l2t_jax.parallel import Layout
+from l2t_jax.teachers import TEACHERS, from_optax
+from l2t_jax.training import Schedule
+from l2t_jax.types import Loss, Method, Student, Task, Teacher
+
+
+class Entry(NamedTuple):
+    """A row of the table: a method, and whose trained teacher it takes over, if any."""
+
+    name: str
+    method: Method
+    teacher_of: str | None = None
+
+
+class Parts(NamedTuple):
+    """What a method is composed of for one run."""
+
+    config: Config
+    student: Student
+    task: Task
+    optimizer: optax.GradientTransformation  # the student's
+    classes: int
+    schedule: Schedule  # of l2t_dln; the others take its student steps on its training batches
+    layout: Layout
+
+    @property
+    def steps_per_round(self) -> int:
+        """Student steps of a round."""
+        return self.schedule.stages * self.schedule.unroll_length
+
+    @property
+    def steps(self) -> int:
+        """T, student steps of the run."""
+        return self.schedule.rounds * self.steps_per_round
+
+    @property
+    def shared(self) -> dict[str, Any]:
+        """Where and how a hypergradient is computed."""
+        return {"memory": self.config.memory, "axis_name": self.layout.axis_name, "at_once": self.layout.seeds}
+
+
+def build_teacher(config: Config) -> Teacher:
+    """The teacher of the DLN that the flags describe."""
+    settings = config.settings
+    if config.teacher != "lstm":
+        return TEACHERS[config.teacher](settings.dln_lr)
+    knobs = {"update_sign": settings.update_sign, "preprocess": settings.preprocess, "odd": settings.odd}
+    return TEACHERS["lstm"](settings.dln_lr, **knobs)
+
+
+def _l2t_dln(parts: Parts, learn: bool) -> Method:
+    settings = parts.config.settings
+    loss = build_loss(
+        "dln",
+        parts.classes,
+        form=settings.dln_form,
+        squash=settings.squash,
+        reduction=settings.reduction,
+        residual=settings.residual,
+    )
+    return l2t_dln(
+        parts.student,
+        parts.task,
+        _checked(loss, "l2t_dln", parts.classes),
+        build_teacher(parts.config),
+        parts.optimizer,
+        optax.adam(settings.teacher_lr),
+        second_stage=settings.second_stage,
+        reset_memory=settings.reset_memory,
+        learn=learn,
+        **parts.shared,
+    )
+
+
+def _taught_by(
+    loss: str, teacher: Callable[[], Teacher], *, single_steps: bool = False
+) -> Callable[[Parts, bool], Method]:
+    """Another learned loss in L2T-DLN's round, with an optax transformation as the teacher."""
+
+    def build(parts: Parts, learn: bool) -> Method:
+        method = l2t_dln(
+            parts.student,
+            parts.task,
+            _checked(build_loss(loss, parts.classes), loss, parts.classes),
+            teacher(),
+            parts.optimizer,
+            optax.identity(),  # an optax teacher has nothing to learn
+            second_stage="restart",
+            learn=False,
+            **parts.shared,
+        )
+        return several(method, parts.steps_per_round) if single_steps else method
+
+    return build
+
+
+def _single_steps(build: Callable[[Parts], Method]) -> Callable[[Parts, bool], Method]:
+    """A method that looks one student step ahead: as many of its rounds in one as a round has student steps."""
+    return lambda parts, learn: several(build(parts), parts.steps_per_round)
+
+
+def _fixed(name: str) -> Callable[[Parts, bool], Method]:
+    def build(parts: Parts, learn: bool) -> Method:
+        loss = _checked(build_loss(name, parts.classes), name, parts.classes)
+        return fixed_loss(
+            parts.student,
+            parts.task,
+            loss,
+            parts.optimizer,
+            stages=parts.schedule.stages,
+            steps=parts.steps,
+            axis_name=parts.layout.axis_name,
+        )
+
+    return build
+
+
+def _l2t_dlf(parts: Parts, learn: bool) -> Method:
+    return l2t_dlf(
+        parts.student,
+        parts.task,
+        parts.optimizer,
+        optax.adam(parts.config.settings.teacher_lr),
+        num_classes=parts.classes,
+        steps=parts.steps,
+        learn=learn,
+        **parts.shared,
+    )
+
+
+def _ala(parts: Parts, learn: bool) -> Method:
+    return ala(
+        parts.student,
+        parts.task,
+        parts.optimizer,
+        num_classes=parts.classes,
+        window=parts.steps_per_round,
+        steps=parts.steps,
+        learn=learn,
+        axis_name=parts.layout.axis_name,
+    )
+
+
+def _slf(parts: Parts) -> Method:
+    return slf(parts.student, parts.task, parts.optimizer, num_classes=parts.classes, steps=parts.steps, **parts.shared)
+
+
+def _mentornet(curriculum: str) -> Callable[[Parts], Method]:
+    return lambda parts: mentornet(
+        parts.student, parts.task, parts.optimizer, steps=parts.steps, curriculum=curriculum, **parts.shared
+    )
+
+
+TAUGHT = ("l2t_dln", "l2t_dlf", "ala")  # whose trained teacher can teach a fresh student: a second row
+METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, whether the teacher learns) -> method
+    "l2t_dln": _l2t_dln,
+    "l2t_dlf": _l2t_dlf,
+    "ala": _ala,
+    "slf": _single_steps(_slf),
+    "meta_weight_net": _single_steps(lambda p: meta_weight_net(p.student, p.task, p.optimizer, **p.shared)),
+    "l2rw": _single_steps(lambda p: l2rw(p.student, p.task, p.optimizer, **p.shared)),
+    "mentornet": _single_steps(_mentornet("predefined")),
+    "mentornet_data_driven": _single_steps(_mentornet("data_driven")),
+    "ml3": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3))),
+    "adalfl": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3)), single_steps=True),
+    "taylor_glo": _taught_by("taylor_glo", lambda: from_optax(optax.adam(1e-3))),
+}
+
+
+def method_names() -> list[str]:
+    """All that --method knows: METHODS, and the losses that need no teacher."""
+    return [*METHODS, *fixed_losses()]
+
+
+def build_entries(parts: Parts) -> list[Entry]:
+    """The rows of the table, in the order of --method; a method with a teacher gives two, one for each protocol."""
+    entries = []
+    for name in parts.config.methods:
+        try:
+            build = METHODS[name] if name in METHODS else _fixed(name)
+            entries.append(Entry(name, build(parts, True)))
+            if name in TAUGHT:
+                entries.append(Entry(f"{name}_transfer", build(parts, False), name))
+        except ValueError as error:
+            raise UsageError(f"--method={name}: {error}") from error
+    return entries
+
+
+def _checked(loss: Loss, name: str, classes: int) -> Loss:
+    try:
+        check_loss(loss, classes, name)
+    except LossError as error:
+        raise UsageError(f"--method: {error}") from error
+    return loss

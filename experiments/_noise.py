@@ -1,0 +1,49 @@
+"""The flags of wrong labels, and a data set with them."""
+
+from absl import flags
+
+from experiments._config import Config, Noise, UsageError
+from experiments._flags import known
+from l2t_jax.data import Dataset
+from l2t_jax.noise import NOISES, with_noise
+
+META, FEW = 1000, 10_000  # clean examples; a tenth as many where there are fewer examples than FEW
+
+flags.DEFINE_string(
+    "noise",
+    "flip2",
+    f"{' | '.join(NOISES)}. What a wrong label is: one other class for each class, two of them, or any class at all "
+    "(the right one too).",
+)
+flags.DEFINE_float("noise_ratio", 0.4, "Probability of a label to be drawn anew, in [0, 1].")
+flags.DEFINE_integer(
+    "meta",
+    None,
+    "Clean examples, as many of each class, that are kept apart to measure the validation error; 0: none, then the "
+    f"noisy set is divided as in experiments.classification. Default: {META}, and {META // 10} where there are fewer "
+    f"than {FEW} examples.",
+    lower_bound=0,
+)
+flags.DEFINE_integer("noise_seed", 1, "Of the wrong labels and of the meta set, for all --seeds.", lower_bound=0)
+
+
+def from_flags() -> Noise:
+    """What the flags say.
+
+    Raises:
+      UsageError: the kind is unknown, or the ratio is none.
+    """
+    values = flags.FLAGS
+    if not 0 <= values.noise_ratio <= 1:
+        raise UsageError(f"--noise_ratio={values.noise_ratio} must lie between 0 and 1.")
+    return Noise(known("noise", values.noise, NOISES), values.noise_ratio, values.meta, values.noise_seed)
+
+
+def with_config(dataset: Dataset, config: Config) -> Dataset:
+    """The data set with the wrong labels that a config asks for, if it does."""
+    noise = config.noise
+    if noise is None:
+        return dataset
+    default = META if len(dataset.train_labels) >= FEW else META // 10
+    meta = default if noise.meta is None else noise.meta
+    return with_noise(dataset, noise.kind, noise.ratio, meta, noise.seed)

@@ -1,0 +1,168 @@
+"""Comparison tables from records: Markdown, and a picture. Every row is tested against cross entropy over the seeds.
+
+Legend: S seeds.
+"""
+
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+from experiments._methods import method_names
+from experiments._report import percent
+from experiments.published import PUBLISHED, Setup
+from l2t_jax import plots
+
+BASELINE = "cross_entropy"
+LEVEL = 0.05
+
+
+class Row(NamedTuple):
+    """A method in one group of the table."""
+
+    method: str
+    accuracy: dict[str, Any]  # mean, std, per_seed; fractions
+    difference: float | None  # of the mean from cross entropy's, in points
+    p: float | None  # of the paired test
+    published: float | None  # %
+    learned: int  # parameters of loss and teacher
+    steps: int
+    seconds: float
+    failed: int
+
+
+Groups = dict[Setup, list[Row]]
+
+
+def paired(ours: list[float | None], baseline: list[float | None]) -> float | None:
+    """The p value of the paired two-sided t test over the seeds that finished in both; None where it has no meaning.
+
+    None: fewer than two pairs, or differences that do not vary, for which the test has no distribution.
+    """
+    pairs = [(a, b) for a, b in zip(ours, baseline, strict=True) if a is not None and b is not None]
+    differences = [a - b for a, b in pairs]
+    if len(pairs) < 2 or np.ptp(differences) < 1e-12:
+        return None
+    return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def collect(records: list[dict[str, Any]]) -> Groups:
+    """The rows of every group, in the order of the methods' names in the records."""
+    groups: dict[Setup, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
+    for record in records:
+        rows = groups.setdefault(_setup(record), {})
+        rows |= {name: (method, record) for name, method in record["methods"].items()}
+    return {setup: [_row(setup, name, rows) for name in rows] for setup, rows in sorted(groups.items())}
+
+
+def _setup(record: dict[str, Any]) -> Setup:
+    noise = record["config"]["noise"]
+    return Setup(
+        record["dataset"], record["student"], "" if noise is None else f"{noise['kind']} {100 * noise['ratio']:g}"
+    )
+
+
+def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Row:
+    method, record = rows[name]
+    accuracy, difference, p = method["test_accuracy"], None, None
+    base, base_record = rows.get(BASELINE, (None, None))
+    if base is not None and base_record is not None and name != BASELINE and base_record["seeds"] == record["seeds"]:
+        other = base["test_accuracy"]
+        if accuracy["mean"] is not None and other["mean"] is not None:
+            difference = 100 * (accuracy["mean"] - other["mean"])
+        p = paired(accuracy["per_seed"], other["per_seed"])
+    return Row(
+        method=name,
+        accuracy=accuracy,
+        difference=difference,
+        p=p,
+        published=PUBLISHED.get((setup, name)),
+        learned=sum(method["learned_parameters"].values()),
+        steps=method["student_steps"],
+        seconds=method["wall_time_s"],
+        failed=len(method["failed"]),
+    )
+
+
+def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
+    """Write table.md and table.png."""
+    groups = {setup: sorted(rows, key=_place) for setup, rows in collect(records).items()}
+    (root / "table.md").write_text(markdown(groups, records, title))
+    methods = sorted({row.method: row for rows in groups.values() for row in rows}.values(), key=_place)
+    cells, colours = [], []
+    for method in (row.method for row in methods):
+        found = [next((row for row in rows if row.method == method), None) for rows in groups.values()]
+        cells.append([method, *("" if row is None else percent(row.accuracy) for row in found)])
+        colours.append([None, *(None if row is None else _sign(row) for row in found)])
+    plots.table(
+        root / "table.png",
+        ["test accuracy, %", *(_name(setup) for setup in groups)],
+        cells,
+        colours,
+        title=f"{title}: mean ± std over seeds\nshaded: not cross entropy's (paired t test, p < {LEVEL})",
+    )
+
+
+def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
+    """The tables as text, a section for each data set and student."""
+    lines = [f"# Comparison, {title}", ""]
+    lines += [
+        "Test accuracy in %, mean ± sample standard deviation over the seeds, read once after the last step.",
+        "Difference and p: against cross entropy over the same seeds, paired two-sided t test, not corrected for the",
+        "number of rows. Published: what a paper reports for this student and data set, on its own budget.",
+        "",
+    ]
+    for setup, rows in groups.items():
+        record = next(r for r in records if _setup(r) == setup)
+        config, settings = record["config"], record["config"]["settings"]
+        lines += [f"## {_name(setup)}", ""]
+        lines += [
+            f"{record['student_parameters']} student parameters, {len(record['seeds'])} seeds, "
+            f"{config['rounds']} rounds of N = {record['unroll_length']}, batch {settings['batch_size']}, "
+            f"validation batch {settings['validation_batch_size']}, SGD {settings['student_lr']:g}, "
+            f"preset {record['preset']}{_noise(record)}.",
+            "",
+            "| method | accuracy | difference | p | published | learned parameters | student steps | s a seed |",
+            "|---|---|---|---|---|---|---|---|",
+        ]
+        for row in rows:
+            cells = [
+                row.method,
+                percent(row.accuracy) + (f" ({row.failed} stopped early)" if row.failed else ""),
+                "" if row.difference is None else f"{row.difference:+.2f}",
+                "" if row.p is None else f"{row.p:.3f}",
+                "" if row.published is None else f"{row.published:g}",
+                str(row.learned),
+                str(row.steps),
+                f"{row.seconds / max(1, len(record['seeds'])):.0f}",
+            ]
+            lines.append(f"| {' | '.join(cells)} |")
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _noise(record: dict[str, Any]) -> str:
+    config = record["config"]
+    if config["noise"] is None:
+        return ""
+    return f", {100 * config['wrong_labels']:.1f} % of the labels wrong, {config['meta']} clean examples apart"
+
+
+def _name(setup: Setup) -> str:
+    return ", ".join([setup.dataset, setup.student] + ([f"{setup.noise} %"] if setup.noise else []))
+
+
+def _place(row: Row) -> tuple[bool, bool, int, str]:
+    """Cross entropy first, then what learns nothing, then the rest, each in the order of METHODS."""
+    name = row.method.removesuffix("_transfer")
+    names = method_names()
+    known = names.index(name) if name in names else len(names)
+    return row.method != BASELINE, row.learned > 0, known, row.method
+
+
+def _sign(row: Row) -> bool | None:
+    """Whether a row is better (True) or worse than cross entropy, where the test says so."""
+    if row.p is None or row.p >= LEVEL or row.difference is None:
+        return None
+    return row.difference > 0

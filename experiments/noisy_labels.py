@@ -1,0 +1,36 @@
+"""Training labels that are partly wrong, a few clean examples apart, a clean test set: what each method makes of it.
+
+With no flags: L2T-DLN and cross entropy on the UCI digits with 40 % wrong labels and 100 clean ones, 3 seeds.
+
+  python -m experiments.noisy_labels
+  python -m experiments.noisy_labels --method=l2t_dln,meta_weight_net,l2rw,mentornet,generalized_cross_entropy
+  python -m experiments.noisy_labels --noise=uniform --noise_ratio=0.6 --meta=0 --rounds=200
+  python -m experiments.noisy_labels --dataset=cifar10 --data_dir=DIR --student=resnet32 --noise_ratio=0.2
+
+The clean examples measure the validation error of the methods that have one; nothing is trained on them otherwise. An
+epoch is a pass over the others. Beside the files of experiments.classification it writes observations.jsonl: at 41
+moments, how many of the wrong labels the student has learned, how many it sees through, and how much of the
+gradient comes from them.
+"""
+
+from absl import flags
+
+from experiments import _flags, _noise
+from experiments._command import command, run_one, start
+
+flags.adopt_module_key_flags(_flags)
+flags.adopt_module_key_flags(_noise)
+
+
+def main(argv: list[str]) -> None:
+    """Run the experiment; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
+    command("noisy_labels", run_one, _noise.from_flags)
+
+
+def cli() -> None:
+    """Entry point."""
+    start(main)
+
+
+if __name__ == "__main__":
+    cli()
