@@ -122,7 +122,7 @@ def _plot(setting: Setting, directory: RunDirectory) -> None:
     }
     if norms:
         plots.norms(directory.plots_dir / "norms.png", norms, title=f"{what}: norms")
-    for folder in sorted(directory.snapshots_dir.glob("*/seed_*")):
+    for folder in sorted(directory.snapshots_dir.glob("l2t_dln*/seed_*")):  # other losses are not of two predictions
         _plot_surfaces(setting, directory, folder)
 
 
@@ -174,8 +174,6 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
         percentage = f"{100 * done / setting.schedule.rounds:.0f} % (round {done})"
         share = {0: "start", setting.schedule.rounds: "end"}.get(done, percentage)
         arrays = load_arrays(path)
-        if "0/kernel" not in arrays:  # no network of layers, so no surface over two predictions
-            return
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())

@@ -59,6 +59,8 @@ def test_reinforce_gradient_is_that_of_the_expected_reward(x64):
         ours = GRADIENT(policy, every, jnp.array(0.0))
         chex.assert_trees_all_close(ours, jax.tree.map(jnp.negative, expected), rtol=1e-9, atol=1e-14)
     assert optax.tree.norm(expected) > 1e-2
+    as_usual = Experience(tiled, jnp.arange(3)[:, None], jnp.full(3, 0.7))  # no better than the baseline: no gradient
+    assert optax.tree.norm(GRADIENT(policy, as_usual, jnp.array(0.7))) == 0
 
 
 def test_sampled_reinforce_gradient_within_its_standard_error(x64):
@@ -271,6 +273,8 @@ def test_learning_children_resume_and_share_one_policy(learning):
     assert all(np.all(flag) for flag in jax.tree.leaves(metrics["finite"]))
     other, _ = run(state._replace(memory=state.memory | {"rounds": state.memory["rounds"] + 1}), batches_of(4))
     assert np.any(other.loss["phi"] != further.loss["phi"])
+    spoiled, _ = run(state._replace(memory=state.memory | {"baseline": jnp.array(5.0)}), batches_of(4))
+    assert np.any(spoiled.teacher[0].kernel != further.teacher[0].kernel)
     phis = np.concatenate([further.loss["phi"][None], further.memory["others"].loss["phi"]])
     assert np.any(phis[0] != phis[1]) and np.abs(phis).max() <= 1
 

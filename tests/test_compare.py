@@ -202,6 +202,7 @@ BAD_TABLES = {
     "--datasets=digit": "Did you mean digits?",
     "--students=mlp,mlp": "must name each once",
     "--method=l2t": "--method=l2t is unknown.",
+    "--coordinator=localhost:1": "a table is filled by one process",
 }
 
 

@@ -8,9 +8,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from parallel_cases import CASES
 
 from l2t_jax import parallel
-from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.parallel import ONE, Layout, ParallelError, check, keys_of, layout_of, start
 
 HERE = Path(__file__).parent
@@ -29,8 +29,7 @@ def cases():
     return found
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
-@pytest.mark.parametrize("memory", MEMORY_MODES)
+@pytest.mark.parametrize(("memory", "devices"), CASES)
 def test_devices_give_the_numbers_of_one(cases, memory, devices):
     """Students, batch statistics, momentum, DLN, teacher and their gradients, after two rounds with augmentation."""
     differences = cases["agree"][f"{memory}, {devices} devices"]

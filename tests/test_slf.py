@@ -208,7 +208,7 @@ def test_a_harmful_loss_becomes_improbable():
 
 
 def test_default_pool_of_registered_losses():
-    method, state = build(POOL, memory="auto")
+    method, state = build(POOL)
     run = jax.jit(several(method, 2).round)
     state, _ = run(state, batches_of(0, 2))
     after, metrics = run(state, batches_of(1, 2))
