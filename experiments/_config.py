@@ -57,6 +57,7 @@ class Options:
     coordinator: str | None
     num_processes: int | None
     process_id: int | None
+    teacher_from: str | None  # a run directory; the record holds the digests of its teachers
 
 
 def fail(message: str, code: int = 2) -> NoReturn:

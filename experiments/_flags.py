@@ -122,6 +122,12 @@ flags.DEFINE_integer(
     "num_processes", None, "How many processes --coordinator=HOST:PORT brings together.", lower_bound=1
 )
 flags.DEFINE_integer("process_id", None, "Which of them this is, from 0 on; 0 writes the files.", lower_bound=0)
+flags.DEFINE_string(
+    "teacher_from",
+    None,
+    f"A --workdir whose trained, frozen teachers (of {', '.join(TAUGHT)}, for the same seeds) teach here, on another "
+    "data set, student or noise; none is trained.",
+)
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
 flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")
 flags.DEFINE_float(
@@ -141,6 +147,8 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
     preset = PRESETS[known("preset", FLAGS.preset, PRESETS)]
     if FLAGS.rounds is not None and FLAGS.epochs is not None:
         raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
+    if FLAGS.teacher_from is not None and not set(TAUGHT) & set(FLAGS.method.split(",")):
+        raise UsageError(f"--teacher_from is for {', '.join(TAUGHT)}: name one of them in --method.")
     if FLAGS.resume and FLAGS.workdir is None:
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
     names = {field.name for field in dataclasses.fields(Preset)}
@@ -176,6 +184,7 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
         coordinator=FLAGS.coordinator,
         num_processes=FLAGS.num_processes,
         process_id=FLAGS.process_id,
+        teacher_from=FLAGS.teacher_from,
     )
     return config, options
 

@@ -24,6 +24,8 @@ from l2t_jax.teachers import TEACHERS, from_optax
 from l2t_jax.training import Schedule
 from l2t_jax.types import Loss, Method, Student, Task, Teacher
 
+DLF_TEACHER_LR = 0.01  # the demo's
+
 
 class Entry(NamedTuple):
     """A row of the table: a method, and whose trained teacher it takes over, if any."""
@@ -141,7 +143,7 @@ def _l2t_dlf(parts: Parts, learn: bool) -> Method:
         parts.student,
         parts.task,
         parts.optimizer,
-        optax.adam(parts.config.settings.teacher_lr),
+        optax.sgd(DLF_TEACHER_LR),
         num_classes=parts.classes,
         steps=parts.steps,
         learn=learn,
@@ -193,13 +195,17 @@ def method_names() -> list[str]:
     return [*METHODS, *fixed_losses()]
 
 
-def build_entries(parts: Parts) -> list[Entry]:
-    """The rows of the table, in the order of --method; a method with a teacher gives two, one for each protocol."""
+def build_entries(parts: Parts, elsewhere: bool = False) -> list[Entry]:
+    """The rows of the table, in the order of --method.
+
+    A method with a teacher gives two, one for each protocol; only the transfer, where its teacher is from elsewhere.
+    """
     entries = []
     for name in parts.config.methods:
         try:
             build = METHODS[name] if name in METHODS else _fixed(name)
-            entries.append(Entry(name, build(parts, True)))
+            if name not in TAUGHT or not elsewhere:
+                entries.append(Entry(name, build(parts, True)))
             if name in TAUGHT:
                 entries.append(Entry(f"{name}_transfer", build(parts, False), name))
         except ValueError as error:

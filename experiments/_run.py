@@ -10,8 +10,9 @@ from typing import Any
 
 import jax
 
+from experiments import _teachers
 from experiments._config import Options
-from experiments._methods import Entry
+from experiments._methods import TAUGHT, Entry
 from experiments._observe import Observer
 from experiments._report import Outcomes, reason, report
 from experiments._setting import Setting, example_inputs
@@ -26,8 +27,8 @@ from l2t_jax.records import (
     save_arrays,
     tensorboard_writer,
 )
-from l2t_jax.training import Outcome, Run, compile_rounds, train
-from l2t_jax.types import MethodState
+from l2t_jax.training import Run, compile_rounds, train
+from l2t_jax.types import MethodState, PyTree
 
 OBSERVATIONS = 40  # moments of a run at which examples with wrong labels are looked at, beside its start
 FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
@@ -81,11 +82,15 @@ def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -
     config, options = setting.config, setting.options
     if options.tensorboard:
         require_tensorboard()
+    taught = _taught_elsewhere(setting, entries)
     record = dataclasses.asdict(config) | {
         "rounds": setting.schedule.rounds,
         "dataset_sha256": setting.dataset.sha256,
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
+        "taught_by": {
+            f"{name}, seed {seed}": _teachers.digest(options.teacher_from or "", name, seed) for name, seed in taught
+        },
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume))
     pairs = [(entry.name, seed) for entry in entries for seed in config.seeds]
@@ -95,7 +100,7 @@ def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
-            outcomes |= _train_entry(setting, entry, directory, progress, outcomes, stop)
+            outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop)
     if directory is not None:
         report(setting, entries, outcomes, directory, alone=alone)
     return int(any(reason(outcome) for outcome in outcomes.values()))
@@ -131,6 +136,7 @@ def _train_entry(
     entry: Entry,
     directory: RunDirectory | None,
     progress: RunProgress,
+    taught: dict[tuple[str, int], PyTree],
     earlier: Outcomes,
     stop: Stop,
 ) -> Outcomes:
@@ -143,22 +149,27 @@ def _train_entry(
     outcomes: Outcomes = {}
     ready = []
     for seed in setting.config.seeds:
-        taught = earlier[(entry.teacher_of, seed)] if entry.teacher_of is not None else None
-        if taught is not None and reason(taught):
-            outcomes[(entry.name, seed)] = f"there is no trained teacher, since {entry.teacher_of} stopped early"
-            progress.end(entry.name, seed)
-        else:
-            ready.append((seed, taught))
+        teacher = entry.teacher_of and (entry.teacher_of, seed)
+        if teacher and teacher not in taught:
+            online = earlier[teacher]
+            if isinstance(online, str) or reason(online):
+                outcomes[(entry.name, seed)] = f"there is no trained teacher, since {entry.teacher_of} stopped early"
+                progress.end(entry.name, seed)
+                continue
+            taught[teacher] = online.state.teacher
+        ready.append((seed, taught[teacher] if teacher else None))
     for first in range(0, len(ready), setting.layout.runs):
         members = ready[first : first + setting.layout.runs]
         runs = [
-            _run(setting, entry.name, seed, _initial(setting, entry, seed, taught), directory, progress, observer)
-            for seed, taught in members
+            _run(setting, entry.name, seed, _initial(setting, entry, seed, teacher), directory, progress, observer)
+            for seed, teacher in members
         ]
         trained = train(runs, schedule, program, data, stop)
         for run, outcome in zip(runs, trained, strict=True):
             if run.checkpoints is not None:
                 run.checkpoints.close()
+            if directory is not None and entry.name in TAUGHT and outcome.failure is None:
+                _teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
             if outcome.failure is not None:
                 progress.line(
                     f"{run.name}, seed {run.seed} stopped at {outcome.failure}; its last good checkpoint is kept"
@@ -168,11 +179,22 @@ def _train_entry(
     return outcomes
 
 
-def _initial(setting: Setting, entry: Entry, seed: int, taught: Outcome | str | None) -> MethodState:
+def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str, int], PyTree]:
+    """The teachers of --teacher_from, by method and seed."""
+    workdir, found = setting.options.teacher_from, {}
+    for entry in entries if workdir is not None else []:
+        if entry.teacher_of is not None:
+            state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
+            for seed in setting.config.seeds:
+                found[(entry.teacher_of, seed)] = _teachers.load(str(workdir), entry.teacher_of, seed, state.teacher)
+    return found
+
+
+def _initial(setting: Setting, entry: Entry, seed: int, teacher: PyTree | None) -> MethodState:
     """The state at round 0, with the trained teacher where one is taken over."""
     stream = FRESH if entry.teacher_of is None else TRANSFER
     state = entry.method.init(jax.random.fold_in(jax.random.key(seed), stream), example_inputs(setting.dataset))
-    return state._replace(teacher=taught.state.teacher) if isinstance(taught, Outcome) else state
+    return state if teacher is None else state._replace(teacher=teacher)
 
 
 def _run(

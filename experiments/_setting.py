@@ -46,7 +46,9 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     schedule = build_schedule(config, dataset)
     optimizer = optax.sgd(config.settings.student_lr)
     parts = Parts(config, student, task, optimizer, dataset.num_classes, schedule, layout)
-    return Setting(config, options, dataset, student, task, schedule, layout), build_entries(parts)
+    return Setting(config, options, dataset, student, task, schedule, layout), build_entries(
+        parts, options.teacher_from is not None
+    )
 
 
 def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:

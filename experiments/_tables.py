@@ -131,7 +131,7 @@ def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
                 row.method,
                 percent(row.accuracy) + (f" ({row.failed} stopped early)" if row.failed else ""),
                 "" if row.difference is None else f"{row.difference:+.2f}",
-                "" if row.p is None else f"{row.p:.3f}",
+                "" if row.p is None else "< 0.001" if row.p < 1e-3 else f"{row.p:.3f}",
                 "" if row.published is None else f"{row.published:g}",
                 str(row.learned),
                 str(row.steps),

@@ -65,6 +65,8 @@ def _prepare() -> Noise | None:
     for name, instead in (("dataset", "datasets"), ("student", "students")):
         if FLAGS[name].present:
             raise UsageError(f"--{name} is one of several here: give --{instead}.")
+    if FLAGS.teacher_from is not None:
+        raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
     if FLAGS.coordinator is not None:
         raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
     for name, default in (

@@ -102,8 +102,7 @@ def main():
     out = {"devices": jax.device_count()}
     reference = run("save", ONE)[0]
     out["agree"] = {
-        f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference)
-        for memory, d in CASES
+        f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference) for memory, d in CASES
     }
     out["together"] = compare(run("save", Layout(2, 2, "batch"), (3, 0))[1], reference)
 

@@ -141,26 +141,32 @@ def test_the_likelihood_integrates_to_one(x64):
 
 
 def test_shape_and_scale_start_in_the_middle_and_stay_in_bounds(x64):
-    alpha, c = shape_and_scale(adaptive_robust(num_classes=3).init(jax.random.key(0)))
+    alpha, c = shape_and_scale(adaptive_robust(num_classes=3).init(jax.random.key(0)), 0.1)
     np.testing.assert_allclose(alpha, [1, 1, 1], rtol=1e-15)
     np.testing.assert_allclose(c, [1, 1, 1], rtol=1e-15)
     far = jnp.array([-50.0, 50.0])
-    alpha, c = shape_and_scale({"alpha": far, "c": far})
+    alpha, c = shape_and_scale({"alpha": far, "c": far}, 1e-5)
     np.testing.assert_allclose(alpha, [0.001, 1.999], rtol=1e-12)
     np.testing.assert_allclose(c[0], 1e-5, rtol=1e-12)
     np.testing.assert_allclose(c[1], (1 - 1e-5) * (50 + np.log(np.e - 1)) + 1e-5, rtol=1e-12)
+
+
+@pytest.mark.parametrize("low", [0, 1.0, -1])
+def test_bad_least_scale(low):
+    with pytest.raises(ValueError, match="must lie between 0 and 1, both excluded"):
+        adaptive_robust(scale_low=low)
 
 
 def test_every_class_has_its_own_shape_and_scale(x64):
     rng = np.random.default_rng(3)
     z, y, latent = rng.normal(size=(4, 3)), np.array([0, 1, 2, 1]), rng.normal(size=(2, 3))
     alpha = 0.001 + 1.998 / (1 + np.exp(-latent[0]))
-    c = (1 - 1e-5) * np.log1p(np.exp(latent[1] + np.log(np.e - 1))) + 1e-5
+    c = (1 - 0.03) * np.log1p(np.exp(latent[1] + np.log(np.e - 1))) + 0.03
     residual = np.eye(3)[y] - np.exp(z) / np.exp(z).sum(1, keepdims=True)
     log_z = np.array([log_z_by_quadrature(a) for a in alpha])
     expected = (rho_by_definition(residual, alpha, c) + np.log(c) + log_z).sum(1)
     params = {"alpha": jnp.asarray(latent[0]), "c": jnp.asarray(latent[1])}
-    values = jax.jit(adaptive_robust(num_classes=3).apply)(params, z, y)
+    values = jax.jit(adaptive_robust(num_classes=3, scale_low=0.03).apply)(params, z, y)
     np.testing.assert_allclose(values, expected, atol=1e-6)
 
 
@@ -177,7 +183,7 @@ def test_a_student_trains_alpha_and_c_by_its_own_optimizer(x64):
         inputs, targets, _ = jax.tree.map(lambda x: x[0, 0], train)
         outputs, _ = toy.student.apply(state.student.variables, inputs, True)
         residual = jax.nn.one_hot(targets, 3) - jax.nn.softmax(outputs)
-        mean = lambda phi: negative_log_likelihood(residual, *shape_and_scale(phi)).sum(1).mean()  # noqa: E731
+        mean = lambda phi: negative_log_likelihood(residual, *shape_and_scale(phi, 0.1)).sum(1).mean()  # noqa: E731
         return jax.tree.map(lambda p, g: p - 0.1 * g, phi, jax.grad(mean)(phi))
 
     chex.assert_trees_all_close(after.loss, by_hand(state.loss), rtol=1e-12)
@@ -185,7 +191,7 @@ def test_a_student_trains_alpha_and_c_by_its_own_optimizer(x64):
     for _ in range(20):
         after, last = run(after, RoundBatches(train, toy.batch(1, 1, 7), jnp.array(False)))
     assert last["train_loss"] < first["train_loss"] - 0.5  # the scale of the residuals is found
-    assert jnp.all(shape_and_scale(after.loss)[1] < 0.9)
+    assert jnp.all(shape_and_scale(after.loss, 0.1)[1] < 0.9)
 
 
 def test_another_number_of_classes_is_refused():

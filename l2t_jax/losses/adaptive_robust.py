@@ -15,25 +15,29 @@ from l2t_jax.losses.common import hide, weigh
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 ALPHA_LOW, ALPHA_HIGH = 0.001, 1.999
-C_LOW, C_START = 1e-5, 1.0
+C_START = 1.0
 DEGREE = 40  # of the polynomial in log Z; the error of the fit is below 2e-8
 
 
-def adaptive_robust(*, num_classes: int = 10) -> Loss:
+def adaptive_robust(*, num_classes: int = 10, scale_low: float = 0.1) -> Loss:
     """Build sum_j rho(r_j, alpha_j, c_j) + log c_j + log Z(alpha_j), r = onehot(y) - softmax(z).
 
     Args:
       num_classes: C.
+      scale_low: the least c. The released code's is 1e-5, to which c falls as the residuals of a classifier vanish;
+        then the loss is -log of a spike and the student is thrown off. 0.1 was stable on validation data.
     Returns:
       a `Loss` whose parameters {"alpha": [C], "c": [C]} are the latent values of `shape_and_scale`, trained beside the
       student; its losses [B] may be negative, as they are minus the log of a density.
     Raises:
-      ValueError: C is below 2, or, when applied, outputs have another number of classes.
+      ValueError: C is below 2, the least c not in (0, 1), or, when applied, outputs have another number of classes.
     Source: Barron, CVPR 2019, Eqs. 8, 9 and 15 to 17. L2T-DLN compares with it and does not say how it is used in
-    classification: the residual, an alpha and c for every class, and the sum over classes are ours.
+    classification: the residual, an alpha and c for every class, the sum over classes and the least c are ours.
     """
     if not isinstance(num_classes, int) or num_classes < 2:
         raise ValueError(f"adaptive_robust num_classes={num_classes!r} is not an integer of at least 2: give C.")
+    if not 0 < scale_low < C_START:
+        raise ValueError(f"adaptive_robust scale_low={scale_low} must lie between 0 and {C_START:g}, both excluded.")
     _log_partition_coefficients()  # now, and not in the middle of a trace
 
     def init(key: Key) -> PyTree:
@@ -55,20 +59,20 @@ def adaptive_robust(*, num_classes: int = 10) -> Loss:
             )
         outputs, targets = hide(outputs, targets, mask)
         residual = jax.nn.one_hot(targets, classes, dtype=outputs.dtype) - jax.nn.softmax(outputs)  # [B, C]
-        losses = jnp.sum(negative_log_likelihood(residual, *shape_and_scale(params)), axis=-1)
+        losses = jnp.sum(negative_log_likelihood(residual, *shape_and_scale(params, scale_low)), axis=-1)
         return weigh(losses, sample_weight, mask)
 
     return Loss(init=init, apply=apply, learned="student")
 
 
-def shape_and_scale(params: PyTree) -> tuple[Array, Array]:
-    """alpha in (0.001, 1.999) and c > 1e-5, [C] each, of the latent values; at 0, where they start, both are 1.
+def shape_and_scale(params: PyTree, scale_low: float) -> tuple[Array, Array]:
+    """alpha in (0.001, 1.999) and c > scale_low, [C] each, of the latent values; at 0, where they start, both are 1.
 
     Source: the released code of Barron, CVPR 2019.
     """
     alpha = ALPHA_LOW + (ALPHA_HIGH - ALPHA_LOW) * jax.nn.sigmoid(params["alpha"])
     one = math.log(math.expm1(1.0))  # softplus of it is 1
-    return alpha, C_LOW + (C_START - C_LOW) * jax.nn.softplus(params["c"] + one)
+    return alpha, scale_low + (C_START - scale_low) * jax.nn.softplus(params["c"] + one)
 
 
 def negative_log_likelihood(x: Array, alpha: Array, c: Array) -> Array:

@@ -78,10 +78,9 @@ def ala(
       steps: T.
       children: students that gather experience, with initial parameters, Phi and history of their own, and one policy,
         one replay and the same batches. Child 0 is the student of the state.
-      beta, discount, history: beta, discount and W above.
-      replay: episodes of a child that are remembered.
+      beta, discount: above; history: W.
+      replay, minibatch: episodes of a child that are remembered, and that a policy update draws.
       pairs: P, at most so many pairs of an episode are remembered, drawn at random.
-      minibatch: episodes of a policy update.
       lr: of Adam.
       learn: False is the transfer protocol: a frozen policy, of any number of classes, whose most probable action is
         taken; nothing is stored.

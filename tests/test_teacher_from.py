@@ -1,0 +1,79 @@
+"""--teacher_from: a teacher trained in one run teaches a fresh student in another, on other data."""
+
+import dataclasses
+import hashlib
+import json
+
+import numpy as np
+import pytest
+from absl.testing import flagsaver
+
+from experiments import _flags, classification
+from l2t_jax import data
+from l2t_jax.records import load_arrays
+
+SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--preset=released")
+
+
+def launch(*arguments):
+    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
+        _flags.parse_arguments(["classification.py", *map(str, arguments)])
+        classification.main([])
+    return stop.value.code
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("trained") / "run"
+    assert launch(*SMALL, "--method=ala,l2t_dlf", f"--workdir={workdir}") == 0
+    return workdir
+
+
+@pytest.fixture
+def five_classes(monkeypatch):
+    """The digits 0 to 4: another data set, of another number of classes."""
+    digits = data.load("digits")
+
+    def few(images, labels):
+        return images[labels < 5], labels[labels < 5]
+
+    train, test = few(digits.train_images, digits.train_labels), few(digits.test_images, digits.test_labels)
+    half = dataclasses.replace(
+        digits, train_images=train[0], train_labels=train[1], test_images=test[0], test_labels=test[1], num_classes=5
+    )
+    monkeypatch.setattr(data, "load", lambda *_: half)
+
+
+def test_policy_of_ten_classes_teaches_five(trained, five_classes, tmp_path):
+    workdir = tmp_path / "run"
+    arguments = (*SMALL, "--method=ala", f"--teacher_from={trained}", f"--workdir={workdir}")
+    assert launch(*arguments) == 0
+    summary = json.loads((workdir / "summary.json").read_text())
+    assert list(summary["methods"]) == ["ala_transfer"]  # nothing was trained here
+    path = trained / "teachers" / "ala_seed_1.npz"
+    assert summary["config"]["taught_by"]["ala, seed 1"] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert launch(*arguments, "--resume") == 0
+
+
+def test_each_seed_leaves_its_trained_teacher(trained):
+    one, two = (load_arrays(trained / "teachers" / f"ala_seed_{seed}.npz") for seed in (0, 1))
+    assert set(one) == set(two) and any(np.any(one[name] != two[name]) for name in one)
+    assert not list((trained / "teachers").glob("*transfer*"))
+
+
+def test_what_does_not_fit_is_told(trained, five_classes, tmp_path, capsys):
+    def said(*arguments):
+        assert launch(*SMALL, f"--workdir={tmp_path / 'run'}", *arguments) == 2
+        return capsys.readouterr().err
+
+    assert "values is [10, 10, 10], expected [10, 5, 5]" in said("--method=l2t_dlf", f"--teacher_from={trained}")
+    assert "has no l2t_dln_seed_0.npz in teachers/ (there: ala_seed_0, ala_seed_1, l2t_dlf_seed_0" in said(
+        "--method=l2t_dln", f"--teacher_from={trained}"
+    )
+    assert "has no ala_seed_4.npz" in said("--method=ala", "--seeds=4,", f"--teacher_from={trained}")
+    assert "name one of them in --method" in said("--method=cross_entropy", f"--teacher_from={trained}")
+    broken = tmp_path / "broken" / "teachers" / "ala_seed_0.npz"
+    broken.parent.mkdir(parents=True)
+    broken.write_bytes(b"PK")
+    assert "is damaged" in said("--method=ala", f"--teacher_from={tmp_path / 'broken'}")
+    assert not (tmp_path / "run").exists()
