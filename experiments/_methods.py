@@ -11,7 +11,7 @@ import optax
 from experiments._config import Config, UsageError
 from l2t_jax.losses import LossError, build_loss, check_loss, fixed_losses
 from l2t_jax.methods.ala import ala
-from l2t_jax.methods.common import several
+from l2t_jax.methods.common import on_validation, several
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dlf import l2t_dlf
@@ -174,6 +174,19 @@ def _mentornet(curriculum: str) -> Callable[[Parts], Method]:
     )
 
 
+def _untaught(parts: Parts, learn: bool) -> Method:
+    """The loss of L2T-DLF and ALA as it is before any teaching."""
+    loss = build_loss("bilinear", parts.classes)._replace(learned="no")
+    stages, axis_name = parts.schedule.stages, parts.layout.axis_name
+    return fixed_loss(parts.student, parts.task, loss, parts.optimizer, stages=stages, axis_name=axis_name)
+
+
+def _meta_only(parts: Parts) -> Method:
+    """Cross entropy on the validation batches alone."""
+    loss, axis_name = build_loss("cross_entropy", parts.classes), parts.layout.axis_name
+    return on_validation(fixed_loss(parts.student, parts.task, loss, parts.optimizer, axis_name=axis_name))
+
+
 TAUGHT = ("l2t_dln", "l2t_dlf", "ala")  # whose trained teacher can teach a fresh student: a second row
 METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, whether the teacher learns) -> method
     "l2t_dln": _l2t_dln,
@@ -187,6 +200,8 @@ METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, wheth
     "ml3": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3))),
     "adalfl": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3)), single_steps=True),
     "taylor_glo": _taught_by("taylor_glo", lambda: from_optax(optax.adam(1e-3))),
+    "bilinear": _untaught,
+    "meta_only": _single_steps(_meta_only),
 }
 
 

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
+from experiments._config import Noise
 from experiments._methods import method_names
 from experiments._report import percent
 from experiments.published import PUBLISHED, Setup
@@ -58,9 +59,16 @@ def collect(records: list[dict[str, Any]]) -> Groups:
 
 def _setup(record: dict[str, Any]) -> Setup:
     noise = record["config"]["noise"]
-    return Setup(
-        record["dataset"], record["student"], "" if noise is None else f"{noise['kind']} {100 * noise['ratio']:g}"
-    )
+    return Setup(record["dataset"], record["student"], "" if noise is None else _noise_name(**noise))
+
+
+def _noise_name(kind: str, ratio: float, **_: Any) -> str:
+    return f"{kind} {100 * ratio:g}"
+
+
+def title_of(dataset: str, student: str, noise: Noise | None) -> str:
+    """A group's name for readers."""
+    return _name(Setup(dataset, student, "" if noise is None else _noise_name(noise.kind, noise.ratio)))
 
 
 def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Row:

@@ -14,7 +14,7 @@ seed, after its last step.
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -148,25 +148,21 @@ def _names(flag: str, known: Any) -> list[str]:
 
 def _plot(root: Path, config: Config, share: float) -> None:
     """The curves of a group's methods together; where there are many, of those that are asked about first."""
-    rows: dict[str, list[dict[str, Any]]] = {"metrics": [], "observations": []}
-    for file, cell in _cells(root, config):
-        rows[file] += Metrics.read(cell / f"{file}.jsonl")
-    name = _group(config)
-    plot_curves(
-        root / "plots",
-        rows["metrics"],
-        rows["observations"],
-        name.replace("_", ", "),
-        prefix=f"{name}_",
-        wrong_labels=share,
+    group = _group(config)
+    cells = {name: root / "cells" / f"{group}_{name}" for name in method_names()}
+    cells = {name: cell for name, cell in cells.items() if cell.exists()}
+    few = len(cells) <= len(FEATURED)
+    rows, observations = (
+        [
+            row
+            for name, cell in cells.items()
+            for row in Metrics.read(cell / file)
+            if few or (name in FEATURED and row["method"] == name)
+        ]
+        for file in ("metrics.jsonl", "observations.jsonl")
     )
-
-
-def _cells(root: Path, config: Config) -> Iterator[tuple[str, Path]]:
-    few = len(config.methods) <= len(FEATURED)
-    for method in config.methods if few else FEATURED:
-        for file in ("metrics", "observations"):
-            yield file, root / "cells" / f"{_group(config)}_{method}"
+    what = _tables.title_of(config.dataset, config.student, config.noise)
+    plot_curves(root / "plots", rows, observations, what, prefix=f"{group}_", wrong_labels=share)
 
 
 def cli() -> None:

@@ -22,6 +22,7 @@ from l2t_jax.types import Array
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
+_FEW = 6  # curves whose legend has room among them
 _MOST_POINTS = 2000  # a line has no more, since a picture has no more pixels
 
 Points = dict[str, list[tuple[float, float]]]  # name -> (x, y) of each point
@@ -45,17 +46,21 @@ def learning_curves(
     Raises:
         ValueError: where a curve's x and y do not fit each other.
     """
-    figure, axes = _figure()
+    many = len(curves) > _FEW
+    figure = Figure(figsize=(9 if many else 7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
     for index, (name, (x, y)) in enumerate(curves.items()):
         x, y = _checked(name, x, y)
         y = np.where(np.isfinite(y) & ((y > 0) | (not log_y)), y, np.nan)
-        _curve(axes, name, x, y, window or default_window(x.size), index)
+        _curve(axes, name, x, y, window or default_window(x.size), index, 0.08 if many else 0.18)
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
     axes.set(xlabel="student steps", ylabel=ylabel, title=title)
     axes.grid(True, alpha=0.25, linewidth=0.5)
     axes.spines[["top", "right"]].set_visible(False)
-    if curves:
+    if many:  # beside the curves, which leave no room
+        figure.legend(loc="outside right upper", frameon=False, fontsize="small")
+    elif curves:
         axes.legend(frameon=False, fontsize="small")
     return _write(figure, path)
 
@@ -211,11 +216,6 @@ def running_median(y: np.ndarray, window: int, at: np.ndarray) -> np.ndarray:
     return result
 
 
-def _figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(7, 4.2), layout="constrained")
-    return figure, figure.add_subplot()
-
-
 def _checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
     if x.ndim != 1 or y.ndim != 2 or y.shape[1] != x.size:
@@ -223,7 +223,7 @@ def _checked(name: str, x: Any, y: Any) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def _curve(axes: Axes, name: str, x: np.ndarray, y: np.ndarray, window: int, index: int) -> None:
+def _curve(axes: Axes, name: str, x: np.ndarray, y: np.ndarray, window: int, index: int, band: float) -> None:
     colour = COLOURS[index % len(COLOURS)]
     at = np.unique(np.linspace(0, x.size - 1, min(x.size, _MOST_POINTS)).astype(int))
     mean, low, high = _mean(y), np.fmin.reduce(y, axis=0), np.fmax.reduce(y, axis=0)
@@ -231,7 +231,7 @@ def _curve(axes: Axes, name: str, x: np.ndarray, y: np.ndarray, window: int, ind
         axes.plot(x[at], mean[at], color=colour, alpha=0.2, linewidth=0.6)
     middle, low, high = (running_median(values, window, at) for values in (mean, low, high))
     if y.shape[0] > 1:
-        axes.fill_between(x[at], low, high, color=colour, alpha=0.18, linewidth=0)
+        axes.fill_between(x[at], low, high, color=colour, alpha=band, linewidth=0)
     style = _STYLES[index // len(COLOURS) % len(_STYLES)]
     marker = "o" if np.isfinite(middle).sum() == 1 else None  # a line needs two points
     axes.plot(x[at], middle, style, color=colour, linewidth=1.6, marker=marker, label=name)

@@ -12,6 +12,8 @@ import toy
 
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.methods import METHODS
+from l2t_jax.methods.common import on_validation, several
+from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
@@ -217,3 +219,52 @@ def test_unknown_choices_name_the_known_ones():
     for knob in ("second_stage", "reset_memory"):
         with pytest.raises(ValueError, match=f"{knob} 'no' is unknown; choose one of"):
             build(**({"second_stage": "restart"} | {knob: "no"}))
+
+
+def test_on_validation_is_training_on_the_meta_set():
+    """The training batches do not matter, and the steps are those of plain training on the validation batches."""
+    plain = fixed_loss(toy.student, toy.task, toy.small_loss(), SGD)
+    state = plain.init(jax.random.key(0), jnp.zeros((2, 5)))
+    meta = toy.batch(1, 3, 7)
+    rounds = jnp.array(False)
+    swapped = jax.jit(several(on_validation(plain), 3).round)
+    ours, _ = swapped(state, RoundBatches(toy.batch(0, 3, 1, 6), meta, rounds))
+    other, _ = swapped(state, RoundBatches(toy.batch(2, 3, 1, 6), meta, rounds))
+    chex.assert_trees_all_equal(ours, other)
+    as_training = RoundBatches(jax.tree.map(lambda x: x[None], meta), toy.batch(3, 1, 7), rounds)
+    chex.assert_trees_all_close(ours.student, jax.jit(plain.round)(state, as_training)[0].student, rtol=1e-6)
+
+
+def test_several_rounds_as_one_are_those_rounds(x64):
+    """Each with its own data, in order; metrics are means, and one round that fails is one that all fail."""
+    method = l2t_dln(
+        toy.student, toy.task, toy.small_loss(), TEACHERS["sgd"](GAMMA), SGD, optax.identity(), second_stage="restart"
+    )
+    start = toy.to_x64(method.init(jax.random.key(0), jnp.zeros((2, 5))))
+    train, validation = toy.to_x64((toy.batch(0, 3, 1, 6), toy.batch(1, 3, 7)))
+    together = several(method, 3)
+    assert (together.stages, together.steps_per_round) == (3, 3)
+    state, metrics = jax.jit(together.round)(start, RoundBatches(train, validation, jnp.array(True)))
+    one, each = start, []
+    for k in range(3):
+        data = RoundBatches(*jax.tree.map(lambda x, k=k: x[k : k + 1], (train, validation)), jnp.array(k == 0))
+        one, found = jax.jit(method.round)(one, data)
+        each.append(found)
+    chex.assert_trees_all_close(state, one, rtol=1e-12, atol=1e-14)
+    for name in ("train_loss", "hypergradient_norm"):
+        np.testing.assert_allclose(metrics[name], np.mean([found[name] for found in each]), rtol=1e-12)
+    spoiled = train._replace(inputs=train.inputs.at[0].set(jnp.nan))
+    _, metrics = jax.jit(together.round)(start, RoundBatches(spoiled, validation, jnp.array(True)))
+    assert not all(jax.tree.leaves(metrics["finite"]))
+
+
+def test_pull_is_the_slope_of_the_loss_in_use(x64):
+    """Of each example by itself, with the DLN as it is and batch statistics in BatchNorm."""
+    method = l2t_dln(toy.student, toy.task, toy.small_loss(), TEACHERS["sgd"](GAMMA), SGD, optax.identity())
+    state = toy.to_x64(method.init(jax.random.key(0), jnp.zeros((2, 5))))
+    batch = toy.to_x64(toy.batch(0, 6))
+    outputs, _ = toy.student.apply(state.student.variables, batch.inputs, True)
+    alone = lambda z, y: toy.small_loss().apply(state.loss, z[None], y[None])[0]  # noqa: E731
+    expected = jnp.linalg.norm(jax.vmap(jax.grad(alone))(outputs, batch.targets), axis=-1)
+    chex.assert_trees_all_close(method.pull(state, batch, batch), expected, rtol=1e-12)
+    assert jnp.min(expected) > 0

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from l2t_jax.losses.adaptive_robust import adaptive_robust
+from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.checking import LossError, check_loss
 from l2t_jax.losses.common import fixed
 from l2t_jax.losses.cross_entropy import cross_entropy
@@ -32,6 +33,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "large_margin_softmax": large_margin_softmax,
     "adaptive_robust": adaptive_robust,
     "dln": dln,
+    "bilinear": bilinear,
     "ml3": ml3,
     "taylor_glo": taylor_glo,
     "weight_net": weight_net,

@@ -7,7 +7,7 @@ from l2t_jax.losses.common import hide, weigh
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 
-def bilinear(*, num_classes: int) -> Loss:
+def bilinear(*, num_classes: int = 10) -> Loss:
     """Build l(z, y) = -sigmoid(sum_j Phi_yj log p_j + b_y), p = softmax(z).
 
     At Phi = I and b = 0, where it starts, it is -sigmoid(log p_y) = -p_y / (1 + p_y): its slope is that of cross

@@ -80,6 +80,18 @@ def pull_of(
     return jnp.linalg.norm(jax.grad(total)(outputs.features if isinstance(outputs, Head) else outputs), axis=-1)
 
 
+def on_validation(method: Method) -> Method:
+    """A method of one stage and N = 1 that trains on its validation batches: what a meta set alone would teach.
+
+    A control for the methods that learn from a meta set; a step of it reads V examples in place of B.
+    """
+
+    def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
+        return method.round(state, batches._replace(train=jax.tree.map(lambda x: x[:, None], batches.validation)))
+
+    return method._replace(round=round)
+
+
 def several(method: Method, rounds: int) -> Method:
     """Take K rounds of a method as one, each with its own data: for methods that look ahead one step at a time.
 
