@@ -67,8 +67,8 @@ def _noise_name(kind: str, ratio: float, **_: Any) -> str:
 
 
 def title_of(dataset: str, student: str, noise: Noise | None) -> str:
-    """A group's name for readers."""
-    return _name(Setup(dataset, student, "" if noise is None else _noise_name(noise.kind, noise.ratio)))
+    """`name_of` the group of a config."""
+    return name_of(Setup(dataset, student, "" if noise is None else _noise_name(noise.kind, noise.ratio)))
 
 
 def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Row:
@@ -93,9 +93,14 @@ def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str
     )
 
 
+def sorted_groups(records: list[dict[str, Any]]) -> Groups:
+    """`collect`, with the rows in the order of the table."""
+    return {setup: sorted(rows, key=_place) for setup, rows in collect(records).items()}
+
+
 def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
     """Write table.md and table.png."""
-    groups = {setup: sorted(rows, key=_place) for setup, rows in collect(records).items()}
+    groups = sorted_groups(records)
     (root / "table.md").write_text(markdown(groups, records, title))
     methods = sorted({row.method: row for rows in groups.values() for row in rows}.values(), key=_place)
     cells, colours = [], []
@@ -105,7 +110,7 @@ def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
         colours.append([None, *(None if row is None else _sign(row) for row in found)])
     plots.table(
         root / "table.png",
-        ["test accuracy, %", *(_name(setup) for setup in groups)],
+        ["test accuracy, %", *(name_of(setup) for setup in groups)],
         cells,
         colours,
         title=f"{title}: mean ± std over seeds\nshaded: not cross entropy's (paired t test, p < {LEVEL})",
@@ -124,7 +129,7 @@ def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
     for setup, rows in groups.items():
         record = next(r for r in records if _setup(r) == setup)
         config, settings = record["config"], record["config"]["settings"]
-        lines += [f"## {_name(setup)}", ""]
+        lines += [f"## {name_of(setup)}", ""]
         lines += [
             f"{record['student_parameters']} student parameters, {len(record['seeds'])} seeds, "
             f"{config['rounds']} rounds of N = {record['unroll_length']}, batch {settings['batch_size']}, "
@@ -157,7 +162,8 @@ def _noise(record: dict[str, Any]) -> str:
     return f", {100 * config['wrong_labels']:.1f} % of the labels wrong, {config['meta']} clean examples apart"
 
 
-def _name(setup: Setup) -> str:
+def name_of(setup: Setup) -> str:
+    """A group's name for readers."""
     return ", ".join([setup.dataset, setup.student] + ([f"{setup.noise} %"] if setup.noise else []))
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from experiments import _flags, _methods, classification
+from experiments import _flags, _methods, _tables, classification
 from experiments._report import percent
 from l2t_jax import losses, students
 
+TABLES = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("compare_*"))
 RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.json"))
 README = (Path(__file__).parents[1] / "README.md").read_text()
 
@@ -58,3 +59,23 @@ def test_results_table_is_the_record(path):
     assert cells[1:4] == [percent(record["methods"][name]["test_accuracy"]) for name in names]
     assert cells[4] == str(record["methods"]["l2t_dln"]["student_steps"])
     assert record["environment"]["git"]["dirty"] is False and record["command"].startswith("python -m experiments.")
+
+
+@pytest.mark.parametrize("folder", TABLES, ids=lambda p: p.name)
+def test_comparison_tables_are_their_records(folder):
+    """table.md is what its records say, they are of clean commits, and README's excerpt is taken from them."""
+    records = [json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))]
+    groups = _tables.sorted_groups(records)
+    kind = folder.name.removeprefix("compare_")
+    assert (folder / "table.md").read_text() == _tables.markdown(groups, records, f"{kind} labels")
+    for record in records:
+        assert record["environment"]["git"]["dirty"] is False
+        assert record["command"].startswith(f"python -m experiments.compare --table={kind} ")
+    (heading,) = [line for line in README.splitlines() if line.startswith("| ") and f"{folder.name}/table.md)" in line]
+    setups = [cell.strip() for cell in heading.strip("|").split("|")][1:]
+    lines = README.splitlines()[README.splitlines().index(heading) + 2 :]
+    for line in lines[: lines.index("")]:
+        method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
+        for setup, cell in zip(setups, cells, strict=True):
+            rows = next(rows for found, rows in groups.items() if _tables.name_of(found) == setup)
+            assert cell == next((percent(row.accuracy) for row in rows if row.method == method), ""), (method, setup)
