@@ -43,7 +43,7 @@ def build(teacher_optimizer=SGD, student=toy.student, **knobs):
 def begin(method, seed=0, alive=True):
     """A state; `alive` makes the teacher's slots large, so that every one of its derivatives is."""
     state = method.init(jax.random.key(seed), jnp.zeros((2, 5)))
-    return state._replace(teacher=state.teacher._replace(values=50 * state.teacher.values)) if alive else state
+    return state._replace(teacher=state.teacher._replace(values=500 * state.teacher.values)) if alive else state
 
 
 def log_p(z):

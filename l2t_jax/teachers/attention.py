@@ -13,7 +13,7 @@ from l2t_jax.types import Array, Key, PyTree
 
 FEATURES = 7  # F
 DECAY = 0.9  # of the running averages: those of about the last ten batches
-SMALL = 0.01  # standard deviation of the slots' entries at the start
+SMALL = 1e-3  # standard deviation of the slots' entries at the start: next to nothing, as the demo starts at I
 
 
 class Running(NamedTuple):
@@ -84,7 +84,7 @@ def state_features(running: Running, *, num_classes: int, steps: int) -> Array:
 
 
 def init_attention(key: Key, *, num_classes: int, slots: int = 10, width: int = 16) -> Attention:
-    """Draw the teacher: queries and keys N(0, 1), so that attention is neither even nor decided, values N(0, 0.01^2).
+    """Draw the teacher: queries and keys N(0, 1), so that attention is neither even nor decided, values N(0, 0.001^2).
 
     The values must not start at zero together with what attends to them: the product of the two has no derivative
     there, and a teacher with both at zero stays static for ever.
