@@ -135,8 +135,7 @@ def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
 
 
-@pytest.mark.parametrize("preset", PRESETS)
-@pytest.mark.parametrize("teacher", ["lstm", "adam"])
+@pytest.mark.parametrize(("preset", "teacher"), [*((preset, "lstm") for preset in PRESETS), ("paper", "adam")])
 def test_presets_and_teachers_run(preset, teacher, tmp_path):
     arguments = ("--rounds=1", "--unroll_length=2", "--width=4", "--seeds=1", "--method=l2t_dln")
     assert launch(*arguments, f"--preset={preset}", f"--teacher={teacher}", f"--workdir={tmp_path}/r") == 0
