@@ -1,5 +1,6 @@
 """Settings every test shares: compiled programs are kept between runs, and float64 can be switched on."""
 
+import importlib
 import os
 from pathlib import Path
 
@@ -19,4 +20,13 @@ import pytest
 def x64():
     """Run the test in float64."""
     with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture(scope="module")
+def small_lstm():
+    """A teacher of two layers, 8-1, in place of 64-64-64-1: compiled in half the time."""
+    with pytest.MonkeyPatch.context() as patch:
+        # The package has a function of the module's name, so the module is asked for by its own.
+        patch.setattr(importlib.import_module("l2t_jax.teachers.coordinate_lstm"), "UNITS", (8, 1))
         yield

@@ -1,4 +1,4 @@
-"""What test_parallel.py compares, computed on 8 simulated devices in a process of its own; prints one JSON object.
+"""What test_parallel.py compares, computed on 4 simulated devices in a process of its own; prints one JSON object.
 
 Simulated devices must be there before JAX starts, and they change the thread pool of all that runs beside them.
 """
@@ -20,7 +20,7 @@ from l2t_jax.students import from_linen
 from l2t_jax.types import Teacher
 
 ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64
-CASES = [*((memory, 2) for memory in MEMORY_MODES), ("save", 8)]  # memory mode, devices
+CASES = [*((memory, 2) for memory in MEMORY_MODES), ("save", 4)]  # memory mode, devices
 SCHEDULE = training.Schedule(9, N, B, V, 0.5, EXAMPLES, 2)
 
 
@@ -136,5 +136,5 @@ def main():
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
-    parallel.start(8)
+    parallel.start(4)
     main()

@@ -20,6 +20,7 @@ from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
 from l2t_jax.types import Batch, Loss, RoundBatches, Student, Task, Teacher
 from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll
 
+pytestmark = pytest.mark.usefixtures("small_lstm")
 GAMMA, N = 0.05, 3
 SGD = optax.sgd(0.1, momentum=0.9)
 # Keeps tau as it is and the teacher gradient as its state, so that a test can read it.
@@ -69,7 +70,7 @@ def reference(second_stage, tau, state, flow):
     return one_round(1, phi, h, theta, gate)[-1]
 
 
-@pytest.mark.parametrize("second_stage", STAGES)
+@pytest.mark.parametrize("second_stage", ["continue"])  # the other is compared with the VJP below
 def test_teacher_gradient_has_exactly_the_constants_of_eq_8(second_stage, x64):
     method, state = build(second_stage)
     stages = STAGES[second_stage]
