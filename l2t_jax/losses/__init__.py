@@ -7,7 +7,7 @@ from typing import Any
 from l2t_jax.losses.adaptive_robust import adaptive_robust
 from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.checking import LossError, check_loss
-from l2t_jax.losses.common import fixed
+from l2t_jax.losses.common import fixed, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.dln import dln
 from l2t_jax.losses.generalized_cross_entropy import generalized_cross_entropy
@@ -61,4 +61,4 @@ def fixed_losses() -> list[str]:
     return [name for name, build in LOSSES.items() if build().learned != "teacher"]
 
 
-__all__ = ["LOSSES", "LossError", "build_loss", "check_loss", "fixed", "fixed_losses"]
+__all__ = ["LOSSES", "LossError", "build_loss", "check_loss", "fixed", "fixed_losses", "make_loss"]

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 ALPHA_LOW, ALPHA_HIGH = 0.001, 1.999
@@ -43,26 +43,17 @@ def adaptive_robust(*, num_classes: int = 10, scale_low: float = 0.1) -> Loss:
     def init(key: Key) -> PyTree:
         return {"alpha": jnp.zeros(num_classes), "c": jnp.zeros(num_classes)}
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         classes = outputs.shape[-1]
         if classes != num_classes:
             raise ValueError(
                 f"adaptive_robust was built for {num_classes} classes and is given outputs of {classes}: "
                 f"build it with num_classes={classes}."
             )
-        outputs, targets = hide(outputs, targets, mask)
         residual = jax.nn.one_hot(targets, classes, dtype=outputs.dtype) - jax.nn.softmax(outputs)  # [B, C]
-        losses = jnp.sum(negative_log_likelihood(residual, *shape_and_scale(params, scale_low)), axis=-1)
-        return weigh(losses, sample_weight, mask)
+        return jnp.sum(negative_log_likelihood(residual, *shape_and_scale(params, scale_low)), axis=-1)
 
-    return Loss(init=init, apply=apply, learned="student")
+    return make_loss(losses_of, init=init, learned="student")
 
 
 def shape_and_scale(params: PyTree, scale_low: float) -> tuple[Array, Array]:

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 
@@ -24,17 +24,9 @@ def bilinear(*, num_classes: int = 10) -> Loss:
     def init(key: Key) -> PyTree:
         return {"phi": jnp.eye(num_classes), "bias": jnp.zeros(num_classes)}
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         rows = params["phi"][targets]  # [B, C]
         score = jnp.sum(rows * jax.nn.log_softmax(outputs), axis=-1) + params["bias"][targets]
-        return weigh(-jax.nn.sigmoid(score), sample_weight, mask)
+        return -jax.nn.sigmoid(score)
 
-    return Loss(init=init, apply=apply)
+    return make_loss(losses_of, init=init)

@@ -6,7 +6,38 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from l2t_jax.types import Array, Key, Loss, PyTree
+from l2t_jax.types import Array, Head, Key, Loss, PyTree, unscheduled
+
+
+def no_parameters(key: Key) -> PyTree:
+    """Return the parameters of a loss that has none."""
+    return {}
+
+
+def make_loss(
+    losses_of: Callable[[PyTree, Any, Array], Array],
+    init: Callable[[Key], PyTree] = no_parameters,
+    at: Callable[[PyTree, Array], PyTree] = unscheduled,
+    **fields: Any,
+) -> Loss:
+    """Make a `Loss` of a pure function of its parameters: sample weights and masks are added.
+
+    Args:
+      losses_of: (params, outputs [B, C] or a `Head`, targets [B]) -> losses [B].
+      init, at, **fields: as in `Loss`.
+    """
+
+    def apply(
+        params: PyTree,
+        outputs: Array | Head,
+        targets: Array,
+        *,
+        sample_weight: Array | None = None,
+        mask: Array | None = None,
+    ) -> Array:
+        return weigh(losses_of(params, *hide(outputs, targets, mask)), sample_weight, mask)
+
+    return Loss(init, apply, at, **fields)
 
 
 def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
@@ -17,33 +48,18 @@ def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
 
     def build(**knobs: Any) -> Loss:
         unweighted = partial(function, **knobs)
-
-        def apply(
-            params: PyTree,
-            outputs: Array,
-            targets: Array,
-            *,
-            sample_weight: Array | None = None,
-            mask: Array | None = None,
-        ) -> Array:
-            outputs, targets = hide(outputs, targets, mask)
-            return weigh(unweighted(outputs, targets), sample_weight, mask)
-
-        return Loss(init=no_parameters, apply=apply, learned="no")
+        return make_loss(lambda params, outputs, targets: unweighted(outputs, targets), learned="no")
 
     build.__doc__ = function.__doc__
     return build
 
 
-def no_parameters(key: Key) -> PyTree:
-    """Return the parameters of a loss that has none."""
-    return {}
-
-
-def hide(outputs: Array, targets: Array, mask: Array | None) -> tuple[Array, Array]:
+def hide(outputs: Array | Head, targets: Array, mask: Array | None) -> tuple[Any, Array]:
     """Replace masked examples by zeros *before* the loss, so that a NaN in one cannot reach any derivative."""
     if mask is None:
         return outputs, targets
+    if isinstance(outputs, Head):
+        return outputs._replace(features=jnp.where(mask[..., None], outputs.features, 0)), jnp.where(mask, targets, 0)
     return jnp.where(mask[..., None], outputs, 0), jnp.where(mask, targets, 0)
 
 

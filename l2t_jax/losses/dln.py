@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Key, Loss, PyTree
 
@@ -62,26 +62,16 @@ def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "me
         layers = init_network(key, form)
         return (*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1])) if residual else layers
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         classes = outputs.shape[-1]
         s = SQUASH[squash](outputs)  # [B, C]
         right = jnp.take_along_axis(s, targets[..., None], axis=-1)  # [B, 1]
         values = pair_value(params, jnp.broadcast_to(right, s.shape), s)  # [B, C]
         wrong = targets[..., None] != jnp.arange(classes)  # [B, C]
         losses = REDUCTION[reduction](classes) * jnp.sum(jnp.where(wrong, values, 0), axis=-1)  # [B]
-        if residual:
-            losses = losses + cross_entropy(outputs, targets)
-        return weigh(losses, sample_weight, mask)
+        return losses + cross_entropy(outputs, targets) if residual else losses
 
-    return Loss(init=init, apply=apply)
+    return make_loss(losses_of, init=init)
 
 
 def init_network(key: Key, form: str) -> tuple[Layer, ...]:

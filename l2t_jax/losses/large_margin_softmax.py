@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Head, Key, Loss, PyTree
 
@@ -57,24 +57,17 @@ def large_margin_softmax(
         decay = jnp.exp(-power * jnp.log1p(gamma * iterations * progress))
         return {"lambda": jnp.maximum(params["lambda"] * decay.astype(params["lambda"].dtype), lambda_min)}
 
-    def apply(
-        params: PyTree,
-        outputs: Head,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        features, targets = hide(outputs.features, targets, mask)
+    def losses_of(params: PyTree, outputs: Head, targets: Array) -> Array:
+        features = outputs.features
         column = outputs.kernel.T[targets]  # [B, F]
         plain = jnp.sum(features * column, axis=-1)  # [B]
         share = 1 / (1 + params["lambda"].astype(plain.dtype))
         change = share * (margin_product(features, column, m) - plain)  # [B]
         is_right = jax.nn.one_hot(targets, outputs.kernel.shape[-1], dtype=plain.dtype)  # [B, C]
         logits = features @ outputs.kernel + outputs.bias + is_right * change[..., None]
-        return weigh(cross_entropy(logits, targets), sample_weight, mask)
+        return cross_entropy(logits, targets)
 
-    return Loss(init=init, apply=apply, at=at, reads="head", learned="no")
+    return make_loss(losses_of, init=init, at=at, reads="head", learned="no")
 
 
 def psi(cos: Array, m: int) -> Array:

@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.losses.perceptron import init_layers, run_layers
 from l2t_jax.types import Array, Key, Loss, PyTree
 
@@ -25,18 +25,9 @@ def ml3() -> Loss:
     def init(key: Key) -> PyTree:
         return init_layers(key, SIZES, lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out)), bias=False)
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         labels = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
         pairs = jnp.stack([jax.nn.softmax(outputs), labels], axis=-1)  # [B, C, 2]
-        losses = jnp.sum(jax.nn.softplus(run_layers(params, pairs)[..., 0]), axis=-1)
-        return weigh(losses, sample_weight, mask)
+        return jnp.sum(jax.nn.softplus(run_layers(params, pairs)[..., 0]), axis=-1)
 
-    return Loss(init=init, apply=apply)
+    return make_loss(losses_of, init=init)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree, unscheduled
 
 FORMS = ("both_sides", "wrong_only")
@@ -37,19 +37,10 @@ def smooth_zero_one(*, k: float | None = None, form: str = "both_sides") -> Loss
         part = jnp.clip(jnp.floor(PARTS * progress), 0, PARTS - 1)
         return {"k": params["k"] * (RATE**part).astype(params["k"].dtype)}
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
-        losses = smooth_mistake(outputs, targets, params["k"].astype(outputs.dtype), form)
-        return weigh(losses, sample_weight, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        return smooth_mistake(outputs, targets, params["k"].astype(outputs.dtype), form)
 
-    return Loss(init=init, apply=apply, at=raised if k is None else unscheduled, learned="no")
+    return make_loss(losses_of, init=init, at=raised if k is None else unscheduled, learned="no")
 
 
 def smooth_mistake(outputs: Array, targets: Array, k: Array, form: str) -> Array:

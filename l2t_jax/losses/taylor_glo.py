@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 START = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, -1.0, 0.0)  # theta_0 .. theta_7
@@ -24,20 +24,11 @@ def taylor_glo() -> Loss:
     def init(key: Key) -> PyTree:
         return jnp.asarray(START)
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         labels = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
-        losses = -jnp.mean(polynomial(params, labels, jax.nn.softmax(outputs)), axis=-1)
-        return weigh(losses, sample_weight, mask)
+        return -jnp.mean(polynomial(params, labels, jax.nn.softmax(outputs)), axis=-1)
 
-    return Loss(init=init, apply=apply)
+    return make_loss(losses_of, init=init)
 
 
 def polynomial(theta: Array, label: Array, prediction: Array) -> Array:

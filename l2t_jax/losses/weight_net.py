@@ -4,7 +4,7 @@ import math
 
 import jax
 
-from l2t_jax.losses.common import hide, weigh
+from l2t_jax.losses.common import make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.perceptron import init_layers, run_layers
 from l2t_jax.types import Array, Key, Loss, PyTree
@@ -28,19 +28,11 @@ def weight_net(*, units: int = 100) -> Loss:
     def init(key: Key) -> PyTree:
         return init_layers(key, (1, units, 1), lambda fan_in, fan_out: 1 / math.sqrt(fan_in), bias=True)
 
-    def apply(
-        params: PyTree,
-        outputs: Array,
-        targets: Array,
-        *,
-        sample_weight: Array | None = None,
-        mask: Array | None = None,
-    ) -> Array:
-        outputs, targets = hide(outputs, targets, mask)
+    def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
         plain = cross_entropy(outputs, targets)
-        return weigh(weight_of(params, jax.lax.stop_gradient(plain)) * plain, sample_weight, mask)
+        return weight_of(params, jax.lax.stop_gradient(plain)) * plain
 
-    return Loss(init=init, apply=apply)
+    return make_loss(losses_of, init=init)
 
 
 def weight_of(params: PyTree, losses: Array) -> Array:
