@@ -314,8 +314,9 @@ def _together() -> Iterator[None]:
     """What several processes compute together fails where one of them has ended."""
     try:
         yield
-    except jax.errors.JaxRuntimeError as error:
-        if jax.process_count() == 1:
+    except (jax.errors.JaxRuntimeError, ValueError) as error:
+        # The first call of a function, which compiles it, raises a plain ValueError where the connection is lost.
+        if jax.process_count() == 1 or not (isinstance(error, jax.errors.JaxRuntimeError) or "Gloo" in str(error)):
             raise
         raise LostError(f"another process of this run has ended ({_first_line(error)})") from error
 
