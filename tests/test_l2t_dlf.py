@@ -289,7 +289,8 @@ def test_frozen_teacher_teaches_the_same_and_stays(life, x64):
     before = (life.state.teacher, life.state.optimizer_state)
     chex.assert_trees_all_equal((stayed.teacher, stayed.optimizer_state), before)
     assert optax.tree.norm(optax.tree.sub(life.after.teacher, life.state.teacher)) > 1e-4
-    chex.assert_trees_all_close((stayed.student, stayed.memory), (life.after.student, life.after.memory), rtol=1e-9)
+    found, expected = (stayed.student, stayed.memory), (life.after.student, life.after.memory)
+    chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-14)  # a bias before BatchNorm is rounding alone
     np.testing.assert_allclose(metrics["dlf_measure"], life.metrics["dlf_measure"], rtol=1e-9)
     assert metrics["hypergradient_norm"] == 0
 
