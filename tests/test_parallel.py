@@ -12,7 +12,7 @@ import pytest
 from parallel_cases import CASES
 
 from l2t_jax import parallel
-from l2t_jax.parallel import ONE, Layout, ParallelError, check, keys_of, layout_of, start
+from l2t_jax.parallel import ONE, Layout, LostError, ParallelError, check, keys_of, layout_of, start
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-12
@@ -138,6 +138,26 @@ def test_one_process_is_its_own_leader():
     assert parallel.anywhere(True) and not parallel.anywhere(False)
     with pytest.raises(ZeroDivisionError):
         parallel.leader_first(lambda: 1 / 0)
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (jax.errors.JaxRuntimeError("UNAVAILABLE: Gloo"), True),
+        (ValueError("UNKNOWN: Gloo all-reduce failed: Connection closed by peer"), True),  # while it is compiled
+        (ValueError("shapes do not match"), False),
+    ],
+)
+def test_a_lost_connection_is_told_from_other_errors(error, told, monkeypatch):
+    def fail():
+        with parallel._together():
+            raise error
+
+    with pytest.raises(type(error)):  # a single process has lost nobody
+        fail()
+    monkeypatch.setattr(parallel.jax, "process_count", lambda: 2)
+    with pytest.raises(LostError if told else ValueError, match="has ended" if told else "shapes"):
+        fail()
 
 
 def test_thousands_of_simulated_devices_are_refused():

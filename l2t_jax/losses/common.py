@@ -59,8 +59,10 @@ def hide(outputs: Array | Head, targets: Array, mask: Array | None) -> tuple[Any
     if mask is None:
         return outputs, targets
     if isinstance(outputs, Head):
-        return outputs._replace(features=jnp.where(mask[..., None], outputs.features, 0)), jnp.where(mask, targets, 0)
-    return jnp.where(mask[..., None], outputs, 0), jnp.where(mask, targets, 0)
+        outputs = outputs._replace(features=jnp.where(mask[..., None], outputs.features, 0))
+    else:
+        outputs = jnp.where(mask[..., None], outputs, 0)
+    return outputs, jnp.where(mask, targets, 0)
 
 
 def weigh(losses: Array, sample_weight: Array | None, mask: Array | None) -> Array:

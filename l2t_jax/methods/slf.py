@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
-from l2t_jax.losses import build_loss
+from l2t_jax.losses import build_loss, make_loss
 from l2t_jax.methods.common import finite, pull_of, stage, train_stage
 from l2t_jax.types import Array, Batch, Head, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task
 from l2t_jax.unroll import init_state, inner_objective, mean_over, outer_objective
@@ -128,10 +128,10 @@ def mixture(losses: Sequence[Loss]) -> Loss:
     """The loss sum_k w_k l_k with parameters {"weights": [K], "params": those of each loss}."""
     head = any(one.reads == "head" for one in losses)
 
-    def apply(params: PyTree, outputs: Any, targets: Array, **knobs: Any) -> Array:
+    def losses_of(params: PyTree, outputs: Any, targets: Array) -> Array:
         plain = outputs.features @ outputs.kernel + outputs.bias if isinstance(outputs, Head) else outputs
         read = [outputs if one.reads == "head" else plain for one in losses]
-        values = [one.apply(p, x, targets, **knobs) for one, p, x in zip(losses, params["params"], read, strict=True)]
+        values = [one.apply(p, x, targets) for one, p, x in zip(losses, params["params"], read, strict=True)]
         return jnp.tensordot(params["weights"], jnp.stack(values), axes=1)
 
     def init(key: Key) -> PyTree:
@@ -139,7 +139,7 @@ def mixture(losses: Sequence[Loss]) -> Loss:
         params = tuple(one.init(k) for one, k in zip(losses, keys, strict=True))
         return {"weights": jnp.full(len(losses), 1 / len(losses)), "params": params}
 
-    return Loss(init=init, apply=apply, reads="head" if head else "outputs")
+    return make_loss(losses_of, init=init, reads="head" if head else "outputs")
 
 
 def temperature_at(progress: Array, ends: tuple[float, float]) -> Array:
