@@ -18,7 +18,7 @@ LAYERS = (  # lowest first; rooms of one layer do not import each other, except 
     {"memory"},
     {"hypergradient"},
     {"methods"},
-    {"parallel", "checkpoints", "records", "plots", "progress"},
+    {"analysis", "parallel", "checkpoints", "records", "plots", "progress"},
     {"training"},
 )
 DOORS = {"orbax": "checkpoints.py", "matplotlib": "plots.py", "tensorflow_datasets": "data.py", "rich": "progress.py"}

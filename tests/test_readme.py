@@ -1,4 +1,4 @@
-"""The README's examples run as they are written, one after the other, as a reader would paste them."""
+"""The examples of README and docs run as they are written, one after the other, as a reader would paste them."""
 
 import json
 import re
@@ -14,6 +14,7 @@ from l2t_jax import losses, students
 TABLES = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("compare_*"))
 RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.json"))
 README = (Path(__file__).parents[1] / "README.md").read_text()
+PAGES = [Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -44,10 +45,17 @@ def test_python_examples_run(registries, tmp_path):
     assert all(methods[name]["test_accuracy"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
 
 
-def test_files_it_names_exist():
-    root = Path(__file__).parents[1]
-    for link in re.findall(r"\]\(([^)#:]+)\)", README):
-        assert (root / link).exists(), f"README.md links to {link}, which is not there"
+@pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.stem)
+def test_python_examples_of_pages_run(page):
+    namespace = {}
+    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+        exec(compile(block, page.name, "exec"), namespace)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_files_it_names_exist(page):
+    for link in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / link).exists(), f"{page.name} links to {link}, which is not there"
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
