@@ -8,7 +8,7 @@ from absl import app, logging
 
 from experiments import _flags
 from experiments._config import Config, Noise, Options, UsageError, fail
-from experiments._noise import with_config
+from experiments._data import prepare
 from experiments._run import run_entries
 from experiments._setting import build_setting, enable_compilation_cache
 from l2t_jax import data, parallel
@@ -50,8 +50,7 @@ def command(
 
 def run_one(config: Config, options: Options) -> int:
     """Train all methods of a config, as one run in one directory."""
-    dataset = with_config(data.load(config.dataset, options.data_dir, options.download), config)
-    setting, entries = build_setting(config, options, dataset)
+    setting, entries = build_setting(config, options, prepare(config, options))
     enable_compilation_cache()
     return run_entries(setting, entries)
 

@@ -39,6 +39,7 @@ class Config:
     seeds: tuple[int, ...]
     settings: Preset
     noise: Noise | None = None  # None: the labels are right
+    held_out: float = 0.0  # part of the training examples that is tested on in place of the test set; 0: none
 
 
 @dataclasses.dataclass(frozen=True)

@@ -10,14 +10,27 @@ from absl import flags
 
 from experiments._config import Config, Noise, Options, UsageError, fail
 from experiments._methods import TAUGHT, method_names
+from experiments._setting import SCHEDULES
 from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
+from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
 from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
 from l2t_jax.parallel import SHARDS
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 
 SHORTCUTS = ["a", "b"]
+CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
+    "student_schedule": SCHEDULES,
+    "second_stage": STAGES,
+    "reset_memory": RESET,
+    "accept": ACCEPT,
+    "dln_form": INPUTS,
+    "squash": SQUASH,
+    "reduction": REDUCTION,
+    "base": ("none", *(name for name in TEACHERS if name != "lstm")),
+}
 
 
 def _choices(names: Iterable[str]) -> str:
@@ -36,6 +49,14 @@ flags.DEFINE_string(
     "data_dir", None, "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR or ~/tensorflow_datasets."
 )
 flags.DEFINE_bool("download", False, "Download and prepare the data set if it is not there (needs TensorFlow once).")
+flags.DEFINE_float(
+    "held_out",
+    0.0,
+    "Part of the training examples, as much of each class, that is kept away from training and tested on in place of "
+    "the test set, which then stays unread: for choosing among settings.",
+    lower_bound=0.0,
+    upper_bound=0.9,
+)
 flags.DEFINE_string("student", "mlp", f"{_choices(STUDENTS)}. The network that is taught.")
 flags.DEFINE_integer(
     "width",
@@ -60,6 +81,12 @@ flags.DEFINE_string(
     "residual",
     f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual a "
     "version of it that was seen to be stable. Sets the defaults of the flags below.",
+)
+flags.DEFINE_string(
+    "set",
+    "",
+    "Any rows of the preset's sheet (experiments/presets.py), NAME=VALUE, comma separated: e.g. "
+    "squash=log_softmax,odd=true.",
 )
 flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
 flags.DEFINE_integer(
@@ -90,6 +117,11 @@ flags.DEFINE_float(
     f"Default: {_by_preset('validation_ratio')}.",
 )
 flags.DEFINE_float("student_lr", None, f"eta, of the student's SGD. Default: {_by_preset('student_lr')}.")
+flags.DEFINE_string(
+    "student_schedule",
+    None,
+    f"{_choices(SCHEDULES)}. eta over the run; cosine falls to 0. Default: {_by_preset('student_schedule')}.",
+)
 flags.DEFINE_float("dln_lr", None, f"gamma, of the DLN's update. Default: {_by_preset('dln_lr')}.")
 flags.DEFINE_float("teacher_lr", None, f"Of the LSTM teacher's own Adam. Default: {_by_preset('teacher_lr')}.")
 flags.DEFINE_string(
@@ -151,10 +183,6 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
         raise UsageError(f"--teacher_from is for {', '.join(TAUGHT)}: name one of them in --method.")
     if FLAGS.resume and FLAGS.workdir is None:
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
-    names = {field.name for field in dataclasses.fields(Preset)}
-    given: dict[str, Any] = {
-        name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None
-    }
     config = Config(
         dataset=known("dataset", FLAGS.dataset, DATASETS),
         student=known("student", FLAGS.student, STUDENTS),
@@ -167,8 +195,9 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
         rounds=FLAGS.rounds,
         memory=known("memory", FLAGS.memory, MEMORY_MODES),
         seeds=parse_seeds(FLAGS.seeds),
-        settings=_checked(dataclasses.replace(preset, **given)),
+        settings=checked(dataclasses.replace(preset, **given_settings())),
         noise=noise,
+        held_out=FLAGS.held_out,
     )
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     options = Options(
@@ -236,7 +265,65 @@ def known(flag: str, name: str, names: Iterable[str]) -> str:
     raise UsageError(f"--{flag}={name} is unknown.{hint} Known: {', '.join(names)}.")
 
 
-def _checked(settings: Preset) -> Preset:
+def given_settings() -> dict[str, Any]:
+    """The settings that flags give, whatever the preset.
+
+    Raises:
+      UsageError: see `parse_settings`, or a setting is given twice.
+    """
+    names = [field.name for field in dataclasses.fields(Preset)]
+    by_flag = {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None}
+    by_name = parse_settings("set", FLAGS.set)
+    for name in by_flag.keys() & by_name.keys():
+        raise UsageError(f"--{name} and --set={name}=... say the same thing: give one of them.")
+    return by_flag | by_name
+
+
+def parse_settings(flag: str, text: str) -> dict[str, Any]:
+    """Read `NAME=VALUE,NAME=VALUE` as fields of a `Preset`.
+
+    Raises:
+      UsageError: a name is unknown or given twice, or a value is not of its kind.
+    """
+    fields = [field.name for field in dataclasses.fields(Preset)]
+    found: dict[str, Any] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, equals, value = part.partition("=")
+        if not equals or name in found:
+            raise UsageError(f"--{flag}: {part!r} must be NAME=VALUE, each name once: e.g. odd=true.")
+        found[name] = parse_value(flag, known(flag, name, fields), value)
+    return found
+
+
+def parse_value(flag: str, name: str, text: str) -> Any:
+    """Read the value of a field of `Preset`, by the kind of its default."""
+    default: Any = getattr(Preset(), name)
+    words: dict[str, Any] = {"true": True, "false": False} if isinstance(default, bool) else {}
+    words |= {"none": None} if name == "preprocess" else {}
+    if text.lower() in words:
+        return words[text.lower()]
+    try:
+        if words and isinstance(default, bool):
+            raise ValueError
+        return type(default)(text)
+    except ValueError:
+        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
+        raise UsageError(f"--{flag}: {name}={text} must be {kind}.") from None
+
+
+def checked(settings: Preset) -> Preset:
+    """Settings whose values are all in range.
+
+    Raises:
+      UsageError: one is not.
+    """
+    for name, names in CHOICES.items():
+        known(name, getattr(settings, name), names)
+    if settings.update_sign not in (-1, 1):
+        raise UsageError(f"--set: update_sign={settings.update_sign} must be 1 or -1.")
+    for name in ("epochs", "unroll_length", "batch_size", "validation_batch_size"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--{name}={getattr(settings, name)} must be at least 1.")
     if not 0 < settings.validation_ratio < 1:
         raise UsageError(f"--validation_ratio={settings.validation_ratio} must lie between 0 and 1, both excluded.")
     for name in ("student_lr", "dln_lr", "teacher_lr"):

@@ -20,7 +20,7 @@ from l2t_jax.methods.mentornet import mentornet
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.methods.slf import slf
 from l2t_jax.parallel import Layout
-from l2t_jax.teachers import TEACHERS, from_optax
+from l2t_jax.teachers import TEACHERS, from_optax, sum_of
 from l2t_jax.training import Schedule
 from l2t_jax.types import Loss, Method, Student, Task, Teacher
 
@@ -67,29 +67,30 @@ def build_teacher(config: Config) -> Teacher:
     settings = config.settings
     if config.teacher != "lstm":
         return TEACHERS[config.teacher](settings.dln_lr)
-    knobs = {"update_sign": settings.update_sign, "preprocess": settings.preprocess, "odd": settings.odd}
-    return TEACHERS["lstm"](settings.dln_lr, **knobs)
+    knobs = {name: getattr(settings, name) for name in ("update_sign", "preprocess", "odd", "silent")}
+    lstm = TEACHERS["lstm"](settings.dln_lr, **knobs)
+    return lstm if settings.base == "none" else sum_of(TEACHERS[settings.base](settings.dln_lr), lstm)
+
+
+def build_dln(config: Config, classes: int) -> Loss:
+    """The DLN that the flags describe."""
+    settings = config.settings
+    knobs = {name: getattr(settings, name) for name in ("squash", "reduction", "residual")}
+    return build_loss("dln", classes, form=settings.dln_form, **knobs)
 
 
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
     settings = parts.config.settings
-    loss = build_loss(
-        "dln",
-        parts.classes,
-        form=settings.dln_form,
-        squash=settings.squash,
-        reduction=settings.reduction,
-        residual=settings.residual,
-    )
     return l2t_dln(
         parts.student,
         parts.task,
-        _checked(loss, "l2t_dln", parts.classes),
+        _checked(build_dln(parts.config, parts.classes), "l2t_dln", parts.classes),
         build_teacher(parts.config),
         parts.optimizer,
         optax.adam(settings.teacher_lr),
         second_stage=settings.second_stage,
         reset_memory=settings.reset_memory,
+        accept=settings.accept,
         learn=learn,
         **parts.shared,
     )

@@ -55,7 +55,7 @@ class Observer:
         self._look = jax.jit(lambda state: look(state, batch, validation))
         self._steps_per_round = setting.schedule.of(method).unroll_length * method.steps_per_round
 
-    def __call__(self, done: int, state: PyTree) -> dict[str, float]:
+    def __call__(self, seed: int, done: int, state: PyTree) -> dict[str, float]:
         """Observe the state after so many rounds."""
         values = {name: float(np.ravel(value)[0]) for name, value in self._look(state).items()}
         return {"student_steps": done * self._steps_per_round, **values}

@@ -1,6 +1,6 @@
 """What a run says at its end: the summary, the plots, the table. The test set is read here, once.
 
-Legend: G grid points of a surface's axis, R rows.
+Legend: R rows.
 """
 
 import json
@@ -17,7 +17,7 @@ from rich.table import Table
 from experiments._methods import Entry
 from experiments._setting import Setting, example_inputs
 from l2t_jax import plots
-from l2t_jax.losses.dln import Layer, pair_value
+from l2t_jax.losses.dln import Layer, surface
 from l2t_jax.noise import wrong_share
 from l2t_jax.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.tasks.evaluation import evaluate
@@ -167,7 +167,6 @@ def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
 
 
 def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> None:
-    right, wrong = jnp.meshgrid(*(jnp.linspace(0, 1, SURFACE_POINTS),) * 2, indexing="ij")  # [G, G]
     surfaces: list[tuple[str, Any]] = []
     for path in sorted(folder.glob("round_*.npz")):
         done = int(path.stem.removeprefix("round_"))
@@ -179,7 +178,7 @@ def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> N
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
             for i in range(depth)
         ]
-        surfaces.append((share, np.asarray(pair_value(layers, right, wrong))))
+        surfaces.append((share, np.asarray(surface(layers, setting.config.settings.squash, SURFACE_POINTS))))
     added = " (added to cross entropy)" if setting.config.settings.residual else ""
     name = f"surfaces_{folder.parent.name}_{folder.name}.png"
     title = f"DLN{added}: {folder.parent.name}, {folder.name.replace('_', ' ')}"
@@ -193,7 +192,7 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
     table = Table(
         title=f"{summary['dataset']}, {summary['student']}{labels}, preset {summary['preset']}, seeds {seeds}"
     )
-    for column in ("method", "test accuracy, %", "student steps", "wall time, s"):
+    for column in ("method", f"{tested_on(summary['config'])} accuracy, %", "student steps", "wall time, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in summary["methods"].items():
         table.add_row(
@@ -211,6 +210,16 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def tested_on(config: dict[str, Any]) -> str:
+    """What the accuracy of a record was measured on."""
+    return "held-out" if config.get("held_out") else "test"
+
+
+def result(accuracy: dict[str, Any], failed: int) -> str:
+    """`percent`, and how many seeds stopped early, if any did."""
+    return percent(accuracy) + (f" ({failed} stopped early)" if failed else "")
 
 
 def percent(accuracy: dict[str, Any]) -> str:

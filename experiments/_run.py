@@ -66,7 +66,22 @@ class Stop:
         self._report(f"{signal.Signals(number).name}: finishing and saving these rounds; once more stops at once")
 
 
-def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -> int:
+# looks at a state: (seed, rounds done, state) -> a row of observations.jsonl
+Instrument = Callable[[int, int, PyTree], dict[str, float]]
+
+
+def watch_labels(setting: Setting, entry: Entry) -> Instrument | None:
+    """What is made of wrong labels, where there are any."""
+    return None if setting.dataset.true_labels is None else Observer(setting, entry.method)
+
+
+def run_entries(
+    setting: Setting,
+    entries: list[Entry],
+    *,
+    alone: bool = True,
+    instruments: Callable[[Setting, Entry], Instrument | None] = watch_labels,
+) -> int:
     """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
 
     summary.json is a record that stands for itself: results, and what config.json holds.
@@ -74,6 +89,7 @@ def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -
     Args:
       setting, entries: of `build_setting`.
       alone: False where this is a cell of a table, which has plots and tables of its own.
+      instruments: what looks at the states of an entry while it is trained.
     Returns:
       the exit code: 0, or 1 where any seed of any entry stopped early.
     Raises:
@@ -100,7 +116,8 @@ def run_entries(setting: Setting, entries: list[Entry], *, alone: bool = True) -
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
-            outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop)
+            watched = instruments(setting, entry) if directory is not None else None
+            outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
     if directory is not None:
         report(setting, entries, outcomes, directory, alone=alone)
     return int(any(reason(outcome) for outcome in outcomes.values()))
@@ -139,13 +156,13 @@ def _train_entry(
     taught: dict[tuple[str, int], PyTree],
     earlier: Outcomes,
     stop: Stop,
+    instrument: Instrument | None,
 ) -> Outcomes:
     """Train one entry for every seed; an outcome is a string where the run could not even begin."""
     dataset = setting.dataset
     program = compile_rounds(entry.method, setting.task, dataset.augment, setting.layout)
     data = program.data(dataset.training)
     schedule = setting.schedule.of(entry.method)
-    observer = Observer(setting, entry.method) if directory is not None and dataset.true_labels is not None else None
     outcomes: Outcomes = {}
     ready = []
     for seed in setting.config.seeds:
@@ -161,7 +178,7 @@ def _train_entry(
     for first in range(0, len(ready), setting.layout.runs):
         members = ready[first : first + setting.layout.runs]
         runs = [
-            _run(setting, entry.name, seed, _initial(setting, entry, seed, teacher), directory, progress, observer)
+            _run(setting, entry.name, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
             for seed, teacher in members
         ]
         trained = train(runs, schedule, program, data, stop)
@@ -204,12 +221,12 @@ def _run(
     state: MethodState,
     directory: RunDirectory | None,
     progress: RunProgress,
-    observer: Observer | None,
+    instrument: Instrument | None,
 ) -> Run:
     """One run and where it is kept: nowhere in a process that is not the leader."""
     rounds = setting.schedule.rounds
     moments = {0, rounds // 5, rounds // 2, rounds}  # as in Figure 3: start, 20 %, 50 %, end
-    observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if observer else set()
+    observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if instrument else set()
 
     def snapshot(done: int, state: MethodState) -> None:
         if directory is None:
@@ -218,8 +235,9 @@ def _run(
             folder = directory.snapshots_dir / name / f"seed_{seed}"
             folder.mkdir(parents=True, exist_ok=True)
             save_arrays(folder / f"round_{done:06d}.npz", state.loss)
-        if observer and done in observed:
-            directory.observations.append([{"method": name, "seed": seed, "round": done, **observer(done, state)}])
+        if instrument and done in observed:
+            row = {"method": name, "seed": seed, "round": done, **instrument(seed, done, state)}
+            directory.observations.append([row])
 
     def forget(done: int) -> None:
         if directory is None:

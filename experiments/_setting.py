@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -20,6 +21,11 @@ from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.training import Schedule
 from l2t_jax.types import Array, Student, Task
 
+SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # eta, student steps of the run -> eta of each
+    "constant": lambda eta, steps: eta,
+    "cosine": optax.cosine_decay_schedule,
+}
+
 
 class Setting(NamedTuple):
     """What all entries of one experiment share."""
@@ -31,6 +37,7 @@ class Setting(NamedTuple):
     task: Task
     schedule: Schedule
     layout: Layout
+    optimizer: optax.GradientTransformation  # the student's
 
 
 def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[Setting, list[Entry]]:
@@ -44,11 +51,11 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     parallel.check(layout, **sizes)
     task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
     schedule = build_schedule(config, dataset)
-    optimizer = optax.sgd(config.settings.student_lr)
+    steps = schedule.rounds * schedule.stages * schedule.unroll_length
+    optimizer = optax.sgd(SCHEDULES[config.settings.student_schedule](config.settings.student_lr, steps))
     parts = Parts(config, student, task, optimizer, dataset.num_classes, schedule, layout)
-    return Setting(config, options, dataset, student, task, schedule, layout), build_entries(
-        parts, options.teacher_from is not None
-    )
+    setting = Setting(config, options, dataset, student, task, schedule, layout, optimizer)
+    return setting, build_entries(parts, options.teacher_from is not None)
 
 
 def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:

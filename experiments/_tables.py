@@ -11,7 +11,7 @@ from scipy import stats
 
 from experiments._config import Noise
 from experiments._methods import method_names
-from experiments._report import percent
+from experiments._report import percent, result, tested_on
 from experiments.published import PUBLISHED, Setup
 from l2t_jax import plots
 
@@ -46,6 +46,11 @@ def paired(ours: list[float | None], baseline: list[float | None]) -> float | No
     if len(pairs) < 2 or np.ptp(differences) < 1e-12:
         return None
     return float(stats.ttest_1samp(differences, 0).pvalue)
+
+
+def probability(p: float | None) -> str:
+    """Write a p value, or nothing where there is none."""
+    return "" if p is None else "< 0.001" if p < 1e-3 else f"{p:.3f}"
 
 
 def collect(records: list[dict[str, Any]]) -> Groups:
@@ -110,7 +115,7 @@ def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
         colours.append([None, *(None if row is None else _sign(row) for row in found)])
     plots.table(
         root / "table.png",
-        ["test accuracy, %", *(name_of(setup) for setup in groups)],
+        [f"{tested_on(records[0]['config'])} accuracy, %", *(name_of(setup) for setup in groups)],
         cells,
         colours,
         title=f"{title}: mean ± std over seeds\nshaded: not cross entropy's (paired t test, p < {LEVEL})",
@@ -119,9 +124,10 @@ def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
 
 def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
     """The tables as text, a section for each data set and student."""
-    lines = [f"# Comparison, {title}", ""]
+    lines, tested = [f"# Comparison, {title}", ""], tested_on(records[0]["config"])
     lines += [
-        "Test accuracy in %, mean ± sample standard deviation over the seeds, read once after the last step.",
+        f"{tested.capitalize()} accuracy in %, "
+        "mean ± sample standard deviation over the seeds, read once after the last step.",
         "Difference and p: against cross entropy over the same seeds, paired two-sided t test, not corrected for the",
         "number of rows. Published: what a paper reports for this student and data set, on its own budget.",
         "",
@@ -142,9 +148,9 @@ def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
         for row in rows:
             cells = [
                 row.method,
-                percent(row.accuracy) + (f" ({row.failed} stopped early)" if row.failed else ""),
+                result(row.accuracy, row.failed),
                 "" if row.difference is None else f"{row.difference:+.2f}",
-                "" if row.p is None else "< 0.001" if row.p < 1e-3 else f"{row.p:.3f}",
+                probability(row.p),
                 "" if row.published is None else f"{row.published:g}",
                 str(row.learned),
                 str(row.steps),

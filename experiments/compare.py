@@ -12,36 +12,29 @@ seed, after its last step.
 """
 
 import dataclasses
-import json
-import shutil
-from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
-from experiments import _flags, _noise, _tables
+from experiments import _flags, _noise, _table_flag, _tables
+from experiments._cells import LABELS, group_of, loader, records_in, run_cell, set_defaults
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._methods import method_names
-from experiments._report import percent, plot_curves
-from experiments._run import run_entries
-from experiments._setting import build_setting, enable_compilation_cache
-from l2t_jax import data
-from l2t_jax.data import DATASETS, Dataset
+from experiments._report import plot_curves
+from experiments._setting import enable_compilation_cache
+from experiments._table_flag import table
+from l2t_jax.data import DATASETS
 from l2t_jax.noise import wrong_share
-from l2t_jax.records import Metrics, WorkdirError, write_json
+from l2t_jax.records import Metrics
 from l2t_jax.students import STUDENTS
 
-TABLES = ("clean", "noisy")
-
-flags.DEFINE_string("table", "clean", f"{' | '.join(TABLES)}. Right labels, or wrong ones as --noise says.")
 flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")
 flags.DEFINE_string("students", "mlp,lenet", "One or more, comma separated; takes the place of --student.")
 FLAGS = flags.FLAGS
-flags.adopt_module_key_flags(_flags)
-flags.adopt_module_key_flags(_noise)
+for module in (_flags, _noise, _table_flag):
+    flags.adopt_module_key_flags(module)
 FEATURED = (  # curves in a picture of all methods, which would be a tangle
     "cross_entropy",
     "generalized_cross_entropy",
@@ -65,77 +58,26 @@ def _prepare() -> Noise | None:
     for name, instead in (("dataset", "datasets"), ("student", "students")):
         if FLAGS[name].present:
             raise UsageError(f"--{name} is one of several here: give --{instead}.")
-    if FLAGS.teacher_from is not None:
-        raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
-    if FLAGS.coordinator is not None:
-        raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
-    for name, default in (
-        ("method", ",".join(method_names())),
-        ("seeds", "5"),
-        ("workdir", f"runs/compare_{FLAGS.table}"),
-    ):
-        if not FLAGS[name].present:
-            setattr(FLAGS, name, default)
-    return _noise.from_flags() if _flags.known("table", FLAGS.table, TABLES) == "noisy" else None
+    chosen = table(LABELS, "clean")
+    set_defaults(method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
+    return _noise.from_flags() if chosen == "noisy" else None
 
 
 def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then render the table from all records of the directory."""
     names = {flag: _names(flag, known) for flag, known in (("datasets", DATASETS), ("students", STUDENTS))}
-    load = lru_cache(maxsize=1)(
-        lambda name: _noise.with_config(data.load(name, options.data_dir, options.download), config)
-    )
+    load = loader(config, options)
     enable_compilation_cache()
     root, code = Path(options.workdir), 0
     groups = [dataclasses.replace(config, dataset=d, student=s) for d in names["datasets"] for s in names["students"]]
     for group in groups:
         for method in config.methods:
-            code |= _cell(dataclasses.replace(group, methods=(method,)), options, load)
+            cell = dataclasses.replace(group, methods=(method,))
+            code |= run_cell(f"{group_of(cell)}_{method}", group_of(cell), cell, options, load)
         _plot(root, group, wrong_share(load(group.dataset)))
-    records = [json.loads(path.read_text()) for path in sorted((root / "records").glob("*.json"))]
-    _tables.render(root, records, f"{FLAGS.table} labels")
+    _tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
     print(f"Files: {root} (table.md, table.png, records/, plots/)")
     return code
-
-
-def _cell(config: Config, options: Options, load: Callable[[str], Dataset]) -> int:
-    """Run a cell unless its record is there; returns the exit code."""
-    root, name = Path(options.workdir), f"{_group(config)}_{config.methods[0]}"
-    record, cell = root / "records" / f"{name}.json", root / "cells" / name
-    if record.exists():
-        _same(record, config)
-        return 0
-    setting, entries = build_setting(
-        config, dataclasses.replace(options, workdir=str(cell), resume=True), load(config.dataset)
-    )
-    code = run_entries(setting, entries, alone=False)
-    summary = json.loads((cell / "summary.json").read_text())
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, summary)
-    shutil.rmtree(cell / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
-    for row, method in summary["methods"].items():
-        failed = f", {len(method['failed'])} seeds stopped early" if method["failed"] else ""
-        print(f"{_group(config)}: {row} {percent(method['test_accuracy'])} %, {method['wall_time_s']:.0f} s{failed}")
-    return code
-
-
-def _same(record: Path, config: Config) -> None:
-    there = json.loads(record.read_text())["config"]
-    asked = json.loads(json.dumps(dataclasses.asdict(config)))
-    if different := [name for name, value in asked.items() if name != "rounds" and there.get(name) != value]:
-        raise WorkdirError(
-            f"{record} is of another run ({', '.join(different)} differ): choose another --workdir, or remove it to "
-            "run the cell anew."
-        )
-    if config.rounds not in (None, there["rounds"]):
-        raise WorkdirError(
-            f"{record} is of {there['rounds']} rounds, not {config.rounds}: choose another --workdir, or remove it."
-        )
-
-
-def _group(config: Config) -> str:
-    noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
-    return f"{config.dataset}_{config.student}{noise}"
 
 
 def _names(flag: str, known: Any) -> list[str]:
@@ -148,7 +90,7 @@ def _names(flag: str, known: Any) -> list[str]:
 
 def _plot(root: Path, config: Config, share: float) -> None:
     """The curves of a group's methods together; where there are many, of those that are asked about first."""
-    group = _group(config)
+    group = group_of(config)
     cells = {name: root / "cells" / f"{group}_{name}" for name in method_names()}
     cells = {name: cell for name, cell in cells.items() if cell.exists()}
     few = len(cells) <= len(FEATURED)

@@ -6,6 +6,7 @@
 | item                        | paper            | released         | residual                        | source         |
 |-----------------------------|------------------|------------------|---------------------------------|----------------|
 | student                     | SGD 0.1          | SGD 0.1          | SGD 0.1                         | 5.1            |
+| its learning rate           | constant         | constant         | constant                        | 5.1; code      |
 | gamma, step size of the DLN | 1e-3, added      | 1e-3, subtracted | 1e-3, subtracted                | Eq. 3; code    |
 | teacher                     | Adam 1e-3        | Adam 1e-3        | Adam 1e-2                       | 5.1            |
 | unroll length N             | 25               | 15               | 25                              | 5.2; code      |
@@ -18,6 +19,9 @@
 | predictions                 | sigmoid          | sigmoid          | softmax                         | code           |
 | LSTM preprocessing          | p = 10           | p = 10           | p = 10                          | code           |
 | LSTM output                 | T(d)             | T(d)             | (T(d) - T(-d)) / 2              | Eq. 3; code    |
+| LSTM at the start           | T(d)             | T(d)             | T(d)                            | code           |
+| added to the LSTM's output  | -                | -                | -                               | Eq. 3; code    |
+| updates of the DLN taken    | all              | all              | all                             | Eq. 3; code    |
 | LSTM memory                 | never cleared    | never cleared    | never cleared                   | code           |
 """
 
@@ -34,6 +38,7 @@ class Preset:
     validation_batch_size: int = 100
     validation_ratio: float = 0.5
     student_lr: float = 0.1
+    student_schedule: str = "constant"
     dln_lr: float = 1e-3
     teacher_lr: float = 1e-3
     second_stage: str = "continue"
@@ -44,6 +49,9 @@ class Preset:
     update_sign: int = 1
     preprocess: float | None = 10.0
     odd: bool = False
+    silent: bool = False
+    base: str = "none"
+    accept: str = "always"
     reset_memory: str = "never"
 
 

@@ -3,13 +3,13 @@
 Legend: n examples, H and W height and width in pixels, c channels.
 """
 
+import dataclasses
 import hashlib
 import importlib.util
 import json
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +22,7 @@ class DataError(ValueError):
     """Data that are missing, unreadable or not what their name promises."""
 
 
-@dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A labelled image data set in memory. `mean` and `std` are per channel, in raw pixel units."""
 
@@ -130,6 +130,42 @@ def _positive(std: tuple[float, ...]) -> np.ndarray:
 def _require(condition: bool, message: str) -> None:
     if not condition:
         raise DataError(message)
+
+
+def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
+    """Put a part of the training examples in the place of the test set: what settings are chosen by.
+
+    Args:
+      dataset: whose test set will not be there, so that nothing can read it.
+      share: of the training examples of each class, rounded to whole examples; 0 changes nothing.
+      seed: of the draw; equal seeds hold out the same examples.
+    Returns:
+      the data set, its name and the order of the remaining training examples as they were.
+    Raises:
+      DataError: a class would have no example in one of the parts.
+    """
+    if share == 0:
+        return dataset
+    labels = dataset.train_labels
+    held = np.zeros(len(labels), bool)
+    order = np.random.default_rng((seed, 3)).permutation(len(labels))
+    for label in range(dataset.num_classes):
+        members = order[labels[order] == label]
+        count = round(share * len(members))
+        _require(
+            0 < count < len(members),
+            f"{dataset.name}: holding out {share:g} of the {len(members)} examples of class {label} leaves one part "
+            "without any: choose another share.",
+        )
+        held[members[:count]] = True
+    images = dataset.train_images
+    return dataclasses.replace(
+        dataset,
+        train_images=images[~held],
+        train_labels=labels[~held],
+        test_images=images[held],
+        test_labels=labels[held],
+    )
 
 
 def load_digits(data_dir: Path, download: bool) -> Dataset:

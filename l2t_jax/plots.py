@@ -30,18 +30,26 @@ Curves = dict[str, tuple[Array | np.ndarray, Array | np.ndarray]]  # name -> x [
 
 
 def learning_curves(
-    path: str | Path, curves: Curves, *, ylabel: str, title: str, log_y: bool = True, window: int | None = None
+    path: str | Path,
+    curves: Curves,
+    *,
+    ylabel: str,
+    title: str,
+    log_y: bool = True,
+    window: int | None = None,
+    xlabel: str = "student steps",
 ) -> Figure:
     """Draw the mean over seeds of every curve, with a band from the lowest to the highest seed.
 
     Args:
         path: the picture, its format by the suffix.
-        curves: name -> (x [R] in student steps, y [seeds, R]); points that are not finite are left out.
+        curves: name -> (x [R], y [seeds, R]); points that are not finite are left out.
         ylabel: quantity and unit of y.
         title: above the plot.
         log_y: logarithmic y axis; then points that are not positive are left out too.
         window: points of the running median over which mean and band are smoothed (1: none); by default 1/50 of R above
             100 points. Where it smooths, the mean as it was is drawn faintly behind.
+        xlabel: quantity and unit of x.
 
     Raises:
         ValueError: where a curve's x and y do not fit each other.
@@ -55,9 +63,8 @@ def learning_curves(
         _curve(axes, name, x, y, window or default_window(x.size), index, 0.08 if many else 0.18)
     if log_y:
         axes.set_yscale("log", nonpositive="mask")
-    axes.set(xlabel="student steps", ylabel=ylabel, title=title)
-    axes.grid(True, alpha=0.25, linewidth=0.5)
-    axes.spines[["top", "right"]].set_visible(False)
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _frame(axes)
     if many:  # beside the curves, which leave no room
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     elif curves:
@@ -140,11 +147,53 @@ def costs(
         axes.set_title(name, fontsize="medium")
         axes.set_xticks(sizes, [f"{size:g}" for size in sizes], fontsize="small")
         axes.minorticks_off()
-        axes.grid(True, alpha=0.25, linewidth=0.5)
-        axes.spines[["top", "right"]].set_visible(False)
+        _frame(axes)
     order = [*solid, *groups[1][2], marks[0]]
     figure.legend([legend[name] for name in order], order, loc="outside right upper", frameon=False, fontsize="small")
     figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
+    return _write(figure, path)
+
+
+def ablation(
+    path: str | Path,
+    points: dict[str, list[tuple[Any, float, float]]],
+    *,
+    xlabel: str,
+    ylabel: str,
+    title: str,
+) -> Figure:
+    """Draw results against the values of one setting, with their standard deviations.
+
+    Args:
+        path: the picture, its format by the suffix.
+        points: name -> [(value, mean, standard deviation), ...]. Values that are numbers stand on an axis that is
+            logarithmic where they range over more than a decade; names stand side by side.
+        xlabel, ylabel: quantities and units of value and mean.
+        title: above the plot.
+
+    Raises:
+        ValueError: where there is no point.
+    """
+    if not any(points.values()):
+        raise ValueError("There is no result to draw: give at least one (value, mean, standard deviation).")
+    values = list(dict.fromkeys(value for line in points.values() for value, _, _ in line))
+    named = any(isinstance(value, str) for value in values)
+    places = {value: float(index) if named else float(value) for index, value in enumerate(values)}
+    figure = Figure(figsize=(7, 4.2), layout="constrained")
+    axes = figure.add_subplot()
+    for index, (name, line) in enumerate(points.items()):
+        x, y, spread = ([row[i] for row in line] for i in range(3))
+        style = "o" if named else "o-"
+        at = [places[value] + (0.08 * (index - (len(points) - 1) / 2) if named else 0.0) for value in x]
+        colour = COLOURS[index % len(COLOURS)]
+        axes.errorbar(at, y, spread, fmt=style, color=colour, markersize=4, linewidth=1.4, capsize=2, label=name)
+    if not named and min(places.values()) > 0 and max(places.values()) > 10 * min(places.values()):
+        axes.set_xscale("log")
+    axes.set_xticks(list(places.values()), [f"{value:g}" if not named else value for value in values])
+    axes.minorticks_off()
+    axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
+    _frame(axes)
+    axes.legend(frameon=False, fontsize="small")
     return _write(figure, path)
 
 
@@ -241,6 +290,11 @@ def _mean(y: np.ndarray) -> np.ndarray:
     """Mean over the seeds that have a value; NaN where none has."""
     count = np.isfinite(y).sum(axis=0)
     return np.where(count, np.nansum(y, axis=0) / np.maximum(count, 1), np.nan)
+
+
+def _frame(axes: Axes) -> None:
+    axes.grid(True, alpha=0.25, linewidth=0.5)
+    axes.spines[["top", "right"]].set_visible(False)
 
 
 def _surface(axes: Any, name: str, z: np.ndarray) -> None:

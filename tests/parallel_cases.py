@@ -1,5 +1,7 @@
 """What test_parallel.py compares, computed on 4 simulated devices in a process of its own; prints one JSON object.
 
+The argument says of what: batches or seeds.
+
 Simulated devices must be there before JAX starts, and they change the thread pool of all that runs beside them.
 """
 
@@ -98,24 +100,9 @@ def compare(found, reference):
     return {name: apart(found[name], reference[name]) for name in found}
 
 
-def main():
-    out = {"devices": jax.device_count()}
+def batches():
+    """Divided batches against whole ones, and what each mistake of the means would do."""
     reference = run("save", ONE)[0]
-    out["agree"] = {
-        f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference) for memory, d in CASES
-    }
-    out["together"] = compare(run("save", Layout(2, 2, "batch"), (3, 0))[1], reference)
-
-    others = [run("save", ONE, (seed,))[0] for seed in range(3)]
-    for name, layout in (("vmap", Layout(3)), ("devices", Layout(1, 3, "seeds")), ("both", Layout(2, 2, "seeds"))):
-        several = run("save", layout, range(3))
-        out[f"seeds, {name}"] = [compare(a, b) for a, b in zip(several, others, strict=True)]
-    some = run("save", Layout(4), (0, 1, 2), counts=[2, 1, 0])  # of unequal length, and one place empty
-    out["unequal"] = [
-        apart(some[0][0], others[0][0]),
-        apart(some[1][0], run("save", ONE, (1,), counts=[1])[0][0]),
-        apart(some[2][0], state("save", 2)),
-    ]
 
     def canary(module, replacement):
         real = module.mean_over
@@ -125,16 +112,38 @@ def main():
         finally:
             module.mean_over = real
 
-    out["canaries"] = {
-        "psum of the hypergradient": canary(hypergradient, lambda axis, tree: jax.lax.psum(tree, AXIS)),
-        "no mean of the hypergradient": canary(hypergradient, lambda axis, tree: tree),
-        "psum of the student's gradient": canary(unroll, lambda axis, tree: jax.lax.psum(tree, AXIS)),
-        "no mean of the student's gradient": canary(unroll, lambda axis, tree: tree),
+    return {
+        "agree": {
+            f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference) for memory, d in CASES
+        },
+        "together": compare(run("save", Layout(2, 2, "batch"), (3, 0))[1], reference),
+        "canaries": {
+            "psum of the hypergradient": canary(hypergradient, lambda axis, tree: jax.lax.psum(tree, AXIS)),
+            "no mean of the hypergradient": canary(hypergradient, lambda axis, tree: tree),
+            "psum of the student's gradient": canary(unroll, lambda axis, tree: jax.lax.psum(tree, AXIS)),
+            "no mean of the student's gradient": canary(unroll, lambda axis, tree: tree),
+        },
     }
-    json.dump(out, sys.stdout)
+
+
+def seeds():
+    """Seeds side by side and on devices of their own against single runs."""
+    others = [run("save", ONE, (seed,))[0] for seed in range(3)]
+    out = {}
+    for name, layout in (("vmap", Layout(3)), ("devices", Layout(1, 3, "seeds")), ("both", Layout(2, 2, "seeds"))):
+        several = run("save", layout, range(3))
+        out[name] = [compare(a, b) for a, b in zip(several, others, strict=True)]
+    some = run("save", Layout(4), (0, 1, 2), counts=[2, 1, 0])  # of unequal length, and one place empty
+    out["unequal"] = [
+        apart(some[0][0], others[0][0]),
+        apart(some[1][0], run("save", ONE, (1,), counts=[1])[0][0]),
+        apart(some[2][0], state("save", 2)),
+    ]
+    return out
 
 
 if __name__ == "__main__":
     jax.config.update("jax_enable_x64", True)
     parallel.start(4)
-    main()
+    found = {"batches": batches, "seeds": seeds}[sys.argv[1]]()
+    json.dump({"device_count": jax.device_count(), **found}, sys.stdout)

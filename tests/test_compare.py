@@ -6,6 +6,7 @@ import shutil
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from launching import SMALL, launch
 
 from experiments import _flags, _tables, compare, noisy_labels
 from experiments._methods import TAUGHT, method_names
@@ -17,15 +18,6 @@ pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but fixed losses of a kind that is there already, and controls.
 LEFT_OUT = ("label_smoothing", "generalized_cross_entropy", "mae", "sce", "poly", "taylor_ce", "bilinear", "ml3")
 METHODS = [name for name in method_names() if name not in LEFT_OUT]
-SMALL = ("--rounds=2", "--unroll_length=2", "--width=8", "--checkpoint_seconds=0")
-
-
-def launch(module, *arguments):
-    """Run the command in this process; returns its exit code."""
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
-        _flags.parse_arguments([f"{module.__name__}.py", *map(str, arguments)])
-        module.main([])
-    return stop.value.code
 
 
 TABLE = ("--table=noisy", "--students=mlp", "--seeds=2", f"--method={','.join(METHODS)}", *SMALL)
@@ -70,7 +62,7 @@ def test_methods_see_the_same_students_and_batches(table):
 
 def test_done_cells_are_kept(table, monkeypatch, capsys):
     before = (table / "table.md").read_text()
-    monkeypatch.setattr("experiments.compare.run_entries", None)
+    monkeypatch.setattr("experiments._cells.run_entries", None)
     assert launch(compare, *TABLE, f"--workdir={table}") == 0
     assert (table / "table.md").read_text() == before
     assert launch(compare, *TABLE, f"--workdir={table}", "--rounds=3") == 2

@@ -117,6 +117,21 @@ def test_damaged_data_say_so(tmp_path: Path) -> None:
         data.load("mnist", tmp_path)
 
 
+def test_held_out_examples_take_the_place_of_the_test_set() -> None:
+    digits = data.load("digits")
+    held = data.hold_out(digits, 0.2)
+    counts = np.bincount(digits.train_labels)
+    np.testing.assert_array_equal(np.bincount(held.test_labels), np.round(0.2 * counts))
+    np.testing.assert_array_equal(np.bincount(held.train_labels), counts - np.round(0.2 * counts))
+    key = lambda images, labels: sorted((x.tobytes(), int(y)) for x, y in zip(images, labels, strict=True))  # noqa: E731
+    parts = np.concatenate([held.train_images, held.test_images]), np.concatenate([held.train_labels, held.test_labels])
+    assert key(*parts) == key(digits.train_images, digits.train_labels)  # nothing of the test set, nothing twice
+    assert data.hold_out(digits, 0.2).sha256 == held.sha256 != data.hold_out(digits, 0.2, seed=1).sha256
+    assert data.hold_out(digits, 0) is digits
+    with pytest.raises(DataError, match=r"holding out 0\.001 of the 142 examples of class 0 leaves"):
+        data.hold_out(digits, 0.001)
+
+
 def test_real_mnist() -> None:
     mnist = data.load("mnist", real_data())
     # The counts of LeCun, Cortes & Burges.

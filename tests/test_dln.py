@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.dln import Layer, dln, init_network, pair_value
@@ -81,6 +82,21 @@ def test_residual_starts_as_cross_entropy_and_can_learn():
     chex.assert_trees_all_close(loss.apply(params, z, Y), cross_entropy(z, Y))
     gradient = jax.grad(lambda p: jnp.sum(loss.apply(p, z, Y)))(params)
     assert jnp.any(gradient[-1].kernel != 0)
+
+
+def test_log_softmax_can_take_cross_entropy_back(x64):
+    """-log s_y through the network, with the sign and scale that undo cross entropy: no derivative is left anywhere."""
+    loss = dln(residual=True, squash="log_softmax", reduction="mean_pairs")
+    params = toy.to_x64(jax.tree.map(jnp.zeros_like, loss.init(jax.random.key(0))))
+    one = [layer._replace(kernel=layer.kernel.at[0, 0].set(1.0)) for layer in params]
+    one[0] = one[0]._replace(kernel=-one[0].kernel)  # -log s_y is positive, so that every LeakyReLU lets it pass
+    one[-1] = one[-1]._replace(kernel=-one[-1].kernel)
+    outputs = jnp.array([[9.0, -9.0, 0.0], [1.0, 2.0, 3.0]])  # the first one is certain, and wrong
+    targets = jnp.array([1, 2])
+    total = lambda z, params: jnp.sum(loss.apply(params, z, targets))  # noqa: E731
+    assert jnp.abs(jax.grad(total)(outputs, tuple(params))).max() > 0.5
+    np.testing.assert_allclose(jax.grad(total)(outputs, tuple(one)), 0, atol=1e-12)
+    np.testing.assert_allclose(loss.apply(tuple(one), outputs, targets), 0, atol=1e-12)
 
 
 @pytest.mark.parametrize("knob", ["form", "squash", "reduction"])

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from launching import launch
 
 from experiments import _flags, _setting, classification
 from experiments._setting import example_inputs
@@ -22,14 +23,6 @@ from l2t_jax.records import load_arrays
 pytestmark = pytest.mark.usefixtures("small_lstm")
 ROOT = Path(__file__).parents[1]
 SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--checkpoint_seconds=0")
-
-
-def launch(*arguments):
-    """Run the command in this process; returns its exit code."""
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
-        _flags.parse_arguments(["classification.py", *map(str, arguments)])
-        classification.main([])
-    return stop.value.code
 
 
 def numbers(workdir):
@@ -55,7 +48,7 @@ def last_checkpoints(workdir):
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("finished") / "run"
-    assert launch(*SMALL, f"--workdir={workdir}", "--tensorboard") == 0
+    assert launch(classification, *SMALL, f"--workdir={workdir}", "--tensorboard") == 0
     return workdir
 
 
@@ -128,18 +121,19 @@ def test_snapshots_are_the_dln(finished):
 
 def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     before = (numbers(finished), (finished / "metrics.jsonl").read_bytes())
-    assert launch(*SMALL, f"--workdir={finished}") == 2
+    assert launch(classification, *SMALL, f"--workdir={finished}") == 2
     assert "pass --resume to go on with it" in capsys.readouterr().err
-    assert launch(*SMALL, f"--workdir={finished}", "--dln_lr=0.5", "--resume") == 2
+    assert launch(classification, *SMALL, f"--workdir={finished}", "--dln_lr=0.5", "--resume") == 2
     assert "settings.dln_lr: there 0.001, asked 0.5" in capsys.readouterr().err
-    assert launch(*SMALL, f"--workdir={finished}", "--resume") == 0
+    assert launch(classification, *SMALL, f"--workdir={finished}", "--resume") == 0
     assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
 
 
 @pytest.mark.parametrize(("preset", "teacher"), [("paper", "lstm"), ("released", "lstm"), ("paper", "adam")])
 def test_presets_and_teachers_run(preset, teacher, tmp_path):
     arguments = ("--rounds=1", "--unroll_length=2", "--width=4", "--seeds=1", "--method=l2t_dln")
-    assert launch(*arguments, f"--preset={preset}", f"--teacher={teacher}", f"--workdir={tmp_path}/r") == 0
+    arguments += (f"--preset={preset}", f"--teacher={teacher}", f"--workdir={tmp_path}/r")
+    assert launch(classification, *arguments) == 0
     steps = numbers(tmp_path / "r")["methods"]["l2t_dln"]["student_steps"]
     assert steps == (4 if preset == "paper" else 2)
 
@@ -175,7 +169,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
     monkeypatch.setattr(_setting, "image_classification", task_with_holes)
     workdir = tmp_path / "run"
     arguments = [a for a in SMALL if "seeds" not in a]
-    assert launch(*arguments, "--seeds=3", f"--workdir={workdir}") == 1
+    assert launch(classification, *arguments, "--seeds=3", f"--workdir={workdir}") == 1
     methods = numbers(workdir)["methods"]
     for name in ("l2t_dln", "cross_entropy"):
         accuracy = methods[name]["test_accuracy"]["per_seed"]
@@ -232,7 +226,7 @@ BAD = {
 
 @pytest.mark.parametrize("arguments", BAD)
 def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys):
-    assert launch(*arguments.split()) == 2
+    assert launch(classification, *arguments.split()) == 2
     said = capsys.readouterr().err
     assert said.startswith("error: ") and said.count("\n") == 1 and BAD[arguments] in said
 
@@ -245,7 +239,7 @@ def test_labels_out_of_range_are_refused(monkeypatch, capsys, tmp_path):
     labels[5] = 10
     broken = dataclasses.replace(digits, train_labels=labels)
     monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir, download: broken)
-    assert launch(*SMALL, f"--workdir={tmp_path}/r") == 2
+    assert launch(classification, *SMALL, f"--workdir={tmp_path}/r") == 2
     said = capsys.readouterr().err
     assert "10" in said and "label" in said and said.count("\n") == 1
 

@@ -270,3 +270,34 @@ def test_pull_is_the_slope_of_the_loss_in_use(x64):
     expected = jnp.linalg.norm(jax.vmap(jax.grad(alone))(outputs, batch.targets), axis=-1)
     chex.assert_trees_all_close(method.pull(state, batch, batch), expected, rtol=1e-12)
     assert jnp.min(expected) > 0
+
+
+@pytest.mark.parametrize("learn", [True, False])
+def test_an_update_that_hurts_is_not_taken(learn):
+    """A teacher that climbs: phi stays, and the student is the one that phi taught. One that descends is followed."""
+    for rate, hurts in ((-3.0, True), (0.3, False)):
+        teacher = Teacher(
+            lambda key: {"rate": jnp.array(1.0)},
+            lambda phi: {},
+            lambda tau, h, d, phi, rate=rate: (jax.tree.map(lambda g: -rate * tau["rate"] * g, d), h),
+        )
+        method, state = build("restart", teacher=teacher, accept="not_worse", learn=learn)
+        free, _ = build("restart", teacher=teacher, learn=learn)
+        batches = batches_of(0, 1)
+        (after, metrics), (other, wild) = (jax.jit(m.round)(state, batches) for m in (method, free))
+        assert (wild["validation_error"] > wild["validation_error_stage_one"]) == hurts  # or nothing is tested
+        if not hurts:
+            chex.assert_trees_all_equal(after, other)
+            continue
+        chex.assert_trees_all_equal(after.loss, state.loss)
+        assert metrics["validation_error"] == metrics["validation_error_stage_one"]
+        assert metrics["dln_update_norm"] == 0
+        step = student_step(plain_gradient(inner_objective(toy.student, toy.small_loss())), SGD)
+        plain, _ = unroll(step, state.student, state.loss, jax.tree.map(lambda x: x[0], batches.train))
+        chex.assert_trees_all_close(after.student, plain, rtol=1e-5, atol=1e-6)
+        chex.assert_trees_all_equal(after.optimizer_state, other.optimizer_state)  # the teacher learns from it all
+
+
+def test_accepting_needs_stages_on_the_same_batches():
+    with pytest.raises(ValueError, match='use second_stage "restart"'):
+        build("continue", accept="not_worse")

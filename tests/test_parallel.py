@@ -18,40 +18,49 @@ HERE = Path(__file__).parent
 TOLERANCE = 1e-12
 
 
-@pytest.fixture(scope="module")
-def cases():
+def computed(of, flags):
     """What parallel_cases.py computes on 4 simulated devices, in float64."""
-    # With the emitters that users have: the older ones round differently in a program for several devices.
-    env = os.environ | {"XLA_FLAGS": os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", "")}
-    command = [sys.executable, str(HERE / "parallel_cases.py")]
+    command = [sys.executable, str(HERE / "parallel_cases.py"), of]
+    env = os.environ | {"XLA_FLAGS": flags}
     done = subprocess.run(command, capture_output=True, text=True, cwd=HERE.parent, timeout=300, env=env)
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)
-    assert found["devices"] == 4
+    assert found["device_count"] == 4
     return found
 
 
+@pytest.fixture(scope="module")
+def batches():
+    return computed("batches", os.environ["XLA_FLAGS"])
+
+
+@pytest.fixture(scope="module")
+def seeds():
+    # With the emitters that users have: the older ones round differently in a program for several devices.
+    return computed("seeds", os.environ["XLA_FLAGS"].replace("--xla_cpu_use_fusion_emitters=false", ""))
+
+
 @pytest.mark.parametrize(("memory", "devices"), CASES)
-def test_devices_give_the_numbers_of_one(cases, memory, devices):
+def test_devices_give_the_numbers_of_one(batches, memory, devices):
     """Students, batch statistics, momentum, DLN, teacher and their gradients, after two rounds with augmentation."""
-    differences = cases["agree"][f"{memory}, {devices} devices"]
+    differences = batches["agree"][f"{memory}, {devices} devices"]
     assert len(differences) == 8 and max(differences.values()) < TOLERANCE, differences
 
 
-def test_seeds_side_by_side_on_divided_batches(cases):
-    assert max(cases["together"].values()) < TOLERANCE, cases["together"]
+def test_seeds_side_by_side_on_divided_batches(batches):
+    assert max(batches["together"].values()) < TOLERANCE, batches["together"]
 
 
 @pytest.mark.parametrize("how", ["vmap", "devices", "both"])
-def test_seeds_give_the_numbers_of_single_runs(cases, how):
-    differences = [max(seed.values()) for seed in cases[f"seeds, {how}"]]
+def test_seeds_give_the_numbers_of_single_runs(seeds, how):
+    differences = [max(seed.values()) for seed in seeds[how]]
     assert len(differences) == 3 and max(differences) < TOLERANCE, differences
     if how == "devices":
         assert max(differences) == 0  # each device runs the program of a single seed
 
 
-def test_runs_of_unequal_length_stop_each_on_its_own(cases):
-    assert max(cases["unequal"]) < TOLERANCE and cases["unequal"][2] == 0, cases["unequal"]
+def test_runs_of_unequal_length_stop_each_on_its_own(seeds):
+    assert max(seeds["unequal"]) < TOLERANCE and seeds["unequal"][2] == 0, seeds["unequal"]
 
 
 @pytest.mark.parametrize(
@@ -63,9 +72,9 @@ def test_runs_of_unequal_length_stop_each_on_its_own(cases):
         ("no mean of the student's gradient", "student"),
     ],
 )
-def test_a_wrong_mean_is_seen(cases, canary, wrong):
+def test_a_wrong_mean_is_seen(batches, canary, wrong):
     """The comparisons above would see each of the mistakes that the rule of means forbids."""
-    assert cases["canaries"][canary][wrong] > 1e-3, cases["canaries"][canary]
+    assert batches["canaries"][canary][wrong] > 1e-3, batches["canaries"][canary]
 
 
 def test_keys_do_not_depend_on_the_devices():

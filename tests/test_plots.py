@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 
-from l2t_jax.plots import costs, default_window, learning_curves, loss_surfaces, norms, running_median
+from l2t_jax.plots import ablation, costs, default_window, learning_curves, loss_surfaces, norms, running_median
 
 
 def curve(points: int, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:
@@ -130,3 +130,25 @@ def test_costs_have_a_panel_each_and_one_legend(tmp_path: Path) -> None:
     assert small[1].get_color() == large[1].get_color() != large[2].get_color()
     with pytest.raises(ValueError, match="no cost"):
         costs(path, {}, dashed=[], marks=marks, **labels)
+
+
+def test_ablation_draws_means_and_deviations(tmp_path: Path) -> None:
+    lines = {"ours": [(1, 80.0, 2.0), (5, 85.0, 1.0), (75, 90.0, 0.5)], "published": [(5, 87.0, 0.0)]}
+    figure = ablation(tmp_path / "a.png", lines, xlabel="unroll length", ylabel="accuracy, %", title="Digits")
+    (axes,) = figure.axes
+    assert (axes.get_xscale(), axes.get_xlabel(), axes.get_ylabel()) == ("log", "unroll length", "accuracy, %")
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["1", "5", "75"]
+    np.testing.assert_allclose(axes.lines[0].get_xydata(), [(1, 80), (5, 85), (75, 90)])
+    (bars,) = axes.containers[0].lines[2]
+    np.testing.assert_allclose([segment[:, 1] for segment in bars.get_segments()], [(78, 82), (84, 86), (89.5, 90.5)])
+
+
+def test_ablation_over_names_stands_side_by_side(tmp_path: Path) -> None:
+    lines = {"a": [("adam", 1.0, 0.1), ("sgd", 2.0, 0.1)], "b": [("sgd", 3.0, 0.1)]}
+    (axes,) = ablation(tmp_path / "a.png", lines, xlabel="teacher", ylabel="y", title="t").axes
+    assert [tick.get_text() for tick in axes.get_xticklabels()] == ["adam", "sgd"]
+    assert axes.get_xscale() == "linear"
+    first, second = axes.lines[0].get_xdata()[1], axes.lines[3].get_xdata()[0]
+    assert first < 1 < second  # of one name, but not on top of each other
+    with pytest.raises(ValueError, match="There is no result to draw"):
+        ablation(tmp_path / "b.png", {}, xlabel="x", ylabel="y", title="t")

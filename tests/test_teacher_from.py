@@ -7,9 +7,9 @@ import json
 import jax
 import numpy as np
 import pytest
-from absl.testing import flagsaver
+from launching import launch
 
-from experiments import _flags, classification
+from experiments import classification
 from l2t_jax import data
 from l2t_jax.records import load_arrays, save_arrays
 from l2t_jax.teachers.attention import init_attention
@@ -17,17 +17,10 @@ from l2t_jax.teachers.attention import init_attention
 SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--preset=released")
 
 
-def launch(*arguments):
-    with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
-        _flags.parse_arguments(["classification.py", *map(str, arguments)])
-        classification.main([])
-    return stop.value.code
-
-
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("trained") / "run"
-    assert launch(*SMALL, "--method=ala", f"--workdir={workdir}") == 0
+    assert launch(classification, *SMALL, "--method=ala", f"--workdir={workdir}") == 0
     return workdir
 
 
@@ -49,12 +42,12 @@ def five_classes(monkeypatch):
 def test_policy_of_ten_classes_teaches_five(trained, five_classes, tmp_path):
     workdir = tmp_path / "run"
     arguments = (*SMALL, "--method=ala", f"--teacher_from={trained}", f"--workdir={workdir}")
-    assert launch(*arguments) == 0
+    assert launch(classification, *arguments) == 0
     summary = json.loads((workdir / "summary.json").read_text())
     assert list(summary["methods"]) == ["ala_transfer"]  # nothing was trained here
     path = trained / "teachers" / "ala_seed_1.npz"
     assert summary["config"]["taught_by"]["ala, seed 1"] == hashlib.sha256(path.read_bytes()).hexdigest()
-    assert launch(*arguments, "--resume") == 0
+    assert launch(classification, *arguments, "--resume") == 0
 
 
 def test_each_seed_leaves_its_trained_teacher(trained):
@@ -65,7 +58,7 @@ def test_each_seed_leaves_its_trained_teacher(trained):
 
 def test_what_does_not_fit_is_told(trained, five_classes, tmp_path, capsys):
     def said(*arguments):
-        assert launch(*SMALL, f"--workdir={tmp_path / 'run'}", *arguments) == 2
+        assert launch(classification, *SMALL, f"--workdir={tmp_path / 'run'}", *arguments) == 2
         return capsys.readouterr().err
 
     assert "has no l2t_dln_seed_0.npz in teachers/ (there: ala_seed_0, ala_seed_1)" in said(

@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from l2t_jax.teachers import TEACHERS, from_optax
+from l2t_jax.teachers import TEACHERS, from_optax, sum_of
 from l2t_jax.teachers.coordinate_lstm import UNITS, Cell, coordinate_lstm, features_of
 
 PHI = {"a": jnp.ones((3, 2)), "b": jnp.zeros(4)}
@@ -105,3 +105,45 @@ def test_optax_teacher_is_the_optimizer(name):
         chex.assert_trees_all_close(update, expected)
         assert all(jnp.all(leaf < 0) for leaf in jax.tree.leaves(update))
         phi = optax.apply_updates(phi, update)
+
+
+def gradients(rounds):
+    """Hypergradients of some rounds."""
+    return [
+        jax.tree.map(lambda p, r=r: jax.random.normal(jax.random.key(r), p.shape) / 10**r, PHI) for r in range(rounds)
+    ]
+
+
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_silent_lstm_begins_with_zero_and_learns(odd):
+    """Whatever the hypergradient, for several rounds; and what it puts out has a derivative with respect to it."""
+    teacher = coordinate_lstm(silent=True, odd=odd)
+    params, memory = teacher.init(jax.random.key(0)), teacher.memory(PHI)
+    for gradient in gradients(3):
+        update, after = teacher.update(params, memory, gradient, PHI)
+        assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(update))
+        total = lambda tau, g=gradient, m=memory: optax.tree.sum(teacher.update(tau, m, g, PHI)[0])  # noqa: E731
+        slope = jax.grad(total)(params)
+        assert jnp.abs(slope[-1].input_kernel).max() > 0
+        memory = after
+    loud = coordinate_lstm(odd=odd).init(jax.random.key(0))
+    same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, loud)
+    assert all(jax.tree.leaves(same[:-1])) and not any(same[-1])  # all layers but the last are drawn as ever
+
+
+def test_a_sum_of_teachers():
+    """With a silent LSTM it is the optimizer; with a loud one both updates are added, each with a memory of its own."""
+    adam = from_optax(optax.adam(1e-2))
+    for silent in (True, False):
+        lstm = coordinate_lstm(1e-3, silent=silent)
+        both = sum_of(adam, lstm)
+        tau = both.init(jax.random.key(0))
+        assert tau[0] == {}
+        memory, alone, corrections = both.memory(PHI), adam.memory(PHI), lstm.memory(PHI)
+        for gradient in gradients(3):
+            found, memory = both.update(tau, memory, gradient, PHI)
+            expected, alone = adam.update({}, alone, gradient, PHI)
+            correction, corrections = lstm.update(tau[1], corrections, gradient, PHI)
+            chex.assert_trees_all_close(found, jax.tree.map(jnp.add, expected, correction), rtol=1e-6)
+            moved = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(correction))
+            assert moved == 0 if silent else moved > 0

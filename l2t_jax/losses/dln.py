@@ -13,7 +13,12 @@ from l2t_jax.losses.common import make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Key, Loss, PyTree
 
-SQUASH = {"sigmoid": jax.nn.sigmoid, "softmax": jax.nn.softmax, "identity": lambda outputs: outputs}
+SQUASH = {
+    "sigmoid": jax.nn.sigmoid,
+    "softmax": jax.nn.softmax,
+    "log_softmax": jax.nn.log_softmax,
+    "identity": lambda outputs: outputs,
+}
 REDUCTION = {
     "mean": lambda classes: 1 / classes,  # over C rows, the zero row of the right class included: released code
     "mean_pairs": lambda classes: 1 / (classes - 1),
@@ -38,7 +43,8 @@ def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "me
 
     Args:
       form: "released": pair = [s_y, s_j, 1, 0], no bias, 5000 parameters; "paper": pair = [s_y, s_j], biases, 5081.
-      squash: what makes predictions of logits: "sigmoid" (released), "softmax" or "identity".
+      squash: what makes predictions of logits: "sigmoid" (released), "softmax", "log_softmax" (with which a loss can
+        take cross entropy back where predictions are certain, as derivatives of the others vanish there) or "identity".
       reduction: r: "mean" = 1/C (released: the zero row of class y is counted), "mean_pairs" = 1/(C-1), "sum" = 1.
       residual: add cross entropy and start from a zero last layer, so that the loss begins as cross entropy and the
         network learns a correction to it. Not in the paper.
@@ -90,6 +96,16 @@ def init_network(key: Key, form: str) -> tuple[Layer, ...]:
         bias = jax.random.uniform(k_bias, (fan_out,), minval=-bound, maxval=bound) if form == "paper" else ()
         layers.append(Layer(kernel, bias))
     return tuple(layers)
+
+
+def surface(params: PyTree, squash: str, points: int) -> Array:
+    """DLN value of every pair of predictions from 0 to 1, right class first: [points, points], as in Figure 3.
+
+    Under "log_softmax" the network sees logarithms: those of predictions below 1e-3 are drawn as that of 1e-3.
+    """
+    axis = jnp.linspace(0, 1, points)
+    seen = jnp.log(jnp.maximum(axis, 1e-3)) if squash == "log_softmax" else axis
+    return pair_value(params, *jnp.meshgrid(seen, seen, indexing="ij"))
 
 
 def pair_value(params: PyTree, right: Array, wrong: Array) -> Array:

@@ -28,6 +28,7 @@ from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
 STAGES = {"continue": 2, "restart": 1}  # -> S, and the multiples of N student steps that a round keeps
 RESET = ("never", "epoch")
+ACCEPT = ("always", "not_worse")
 
 
 def l2t_dln(
@@ -40,6 +41,7 @@ def l2t_dln(
     *,
     second_stage: str = "continue",
     reset_memory: str = "never",
+    accept: str = "always",
     learn: bool = True,
     memory: str = "auto",
     axis_name: str | None = None,
@@ -63,6 +65,9 @@ def l2t_dln(
         steps a round are kept. "restart" (released code): D starts again from theta with the same batches and
         replaces A, N steps a round are kept.
       reset_memory: "never" (released code; the paper is silent) carries h through all epochs, "epoch" clears it.
+      accept: "always" (paper) takes every update of the DLN. "not_worse" takes phi' and the student it taught only
+        where their validation error is not above that of phi and its student, which after a "restart" were trained
+        and judged on the same batches; else it keeps those. The teacher learns from both. Not in the paper.
       learn: False freezes tau: the transfer protocol, in which E and F are left out.
       memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
@@ -70,13 +75,20 @@ def l2t_dln(
     Returns:
       a `Method`. Its state is theta (with BatchNorm and optimizer state), phi, tau, h, and Adam's state.
     Raises:
-      ValueError: an unknown `second_stage`, `reset_memory` or `memory`.
+      ValueError: an unknown `second_stage`, `reset_memory`, `accept` or `memory`; "not_worse" with "continue", whose
+        stages are not of the same batches.
     Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
     teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
     """
-    for name, value, known in (("second_stage", second_stage, STAGES), ("reset_memory", reset_memory, RESET)):
+    for name, value, known in (
+        ("second_stage", second_stage, STAGES),
+        ("reset_memory", reset_memory, RESET),
+        ("accept", accept, ACCEPT),
+    ):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    if accept == "not_worse" and second_stage == "continue":
+        raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
     inner, outer = inner_objective(student, loss), outer_objective(student, task)
     differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
@@ -110,6 +122,10 @@ def l2t_dln(
         else:
             second = only_train(phi, theta, *stage(batches, -1))
             tau_gradient = {}  # nothing learns from stage D, so nothing is differentiated
+        if accept == "not_worse":
+            taken = second.error <= first.error
+            keep = lambda old, new: jax.tree.map(lambda a, b: jnp.where(taken, b, a), old, new)  # noqa: E731
+            phi, second = keep(state.loss, phi), keep(first._replace(gradient=second.gradient), second)
         metrics = _metrics(first, second, state.loss, phi, tau_gradient)
         return MethodState(second.state, phi, tau, h, adam), metrics
 

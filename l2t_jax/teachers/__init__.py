@@ -6,6 +6,7 @@ import optax
 
 from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
 from l2t_jax.teachers.from_optax import from_optax
+from l2t_jax.teachers.sum_of import sum_of
 from l2t_jax.types import Teacher
 
 TEACHERS: dict[str, Callable[..., Teacher]] = {
@@ -15,4 +16,4 @@ TEACHERS: dict[str, Callable[..., Teacher]] = {
     "rmsprop": lambda dln_lr: from_optax(optax.rmsprop(dln_lr)),
 }
 
-__all__ = ["TEACHERS", "from_optax"]
+__all__ = ["TEACHERS", "from_optax", "sum_of"]

@@ -32,7 +32,12 @@ class CellState(NamedTuple):
 
 
 def coordinate_lstm(
-    dln_lr: float = 1e-3, *, update_sign: int = 1, preprocess: float | None = 10.0, odd: bool = False
+    dln_lr: float = 1e-3,
+    *,
+    update_sign: int = 1,
+    preprocess: float | None = 10.0,
+    odd: bool = False,
+    silent: bool = False,
 ) -> Teacher:
     """Build the coordinate-wise LSTM 64-64-64-1: update = sign * gamma * g, [g, h] = T(hypergradient, h).
 
@@ -41,6 +46,8 @@ def coordinate_lstm(
       update_sign: +1 as in Eq. 3, -1 as in the released code. Immaterial in principle (T is learned), not in practice.
       preprocess: p of the log/sign preprocessing; None feeds the raw hypergradient.
       odd: use (T(d) - T(-d)) / 2, which has no common offset over the coordinates at initialisation. Not in the paper.
+      silent: begin with zeros in what makes the last layer's candidate values, so that g = 0 whatever the
+        hypergradient until the teacher has learned something. Not in the paper.
     Returns:
       a `Teacher` whose memory holds a hidden and a cell state for every coordinate.
     Source: L2T-DLN (NeurIPS 2023) Eq. 3 and 5.1; coordinate-wise after Andrychowicz et al. 2016. The paper does not
@@ -49,7 +56,8 @@ def coordinate_lstm(
     features = 1 if preprocess is None else 2
 
     def init(key: Key) -> tuple[Cell, ...]:
-        return init_cells(key, features)
+        cells = init_cells(key, features)
+        return (*cells[:-1], silenced(cells[-1])) if silent else cells
 
     def memory(loss_params: PyTree) -> PyTree:
         flat, _ = ravel_pytree(loss_params)
@@ -79,6 +87,12 @@ def init_cells(key: Key, features: int) -> tuple[Cell, ...]:
             Cell(*(jax.random.uniform(q, s, minval=-bound, maxval=bound) for q, s in zip(keys, shapes, strict=True)))
         )
     return tuple(cells)
+
+
+def silenced(cell: Cell) -> Cell:
+    """Set to zero what a layer makes its candidate values of (gate g), so that it puts out 0; its other gates stay."""
+    units = cell.hidden_kernel.shape[0]
+    return Cell(*(x.at[..., 2 * units : 3 * units].set(0) for x in cell))
 
 
 def zero_states(flat: Array) -> tuple[CellState, ...]:

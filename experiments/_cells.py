@@ -1,0 +1,116 @@
+"""Tables of runs: every cell is a run of its own with a record of its own, and a cell that is done is kept."""
+
+import dataclasses
+import json
+import shutil
+from collections.abc import Callable
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import _noise
+from experiments._config import Config, Noise, Options, UsageError
+from experiments._data import prepare
+from experiments._flags import known
+from experiments._report import percent
+from experiments._run import run_entries
+from experiments._setting import build_setting
+from experiments.presets import Preset
+from l2t_jax.data import Dataset
+from l2t_jax.records import WorkdirError, write_json
+
+LABELS = ("clean", "noisy")
+
+flags.DEFINE_string("labels", "clean", f"{' | '.join(LABELS)}. Right labels, or wrong ones as --noise says.")
+FLAGS = flags.FLAGS
+
+
+def set_defaults(**defaults: Any) -> None:
+    """Give shared flags the values that a table has for them where the user gave none.
+
+    Raises:
+      UsageError: a flag was given that is for single runs.
+    """
+    if FLAGS.teacher_from is not None:
+        raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
+    if FLAGS.coordinator is not None:
+        raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
+    for name, value in defaults.items():
+        if not FLAGS[name].present:
+            setattr(FLAGS, name, value)
+
+
+def noise() -> Noise | None:
+    """The wrong labels that --labels and the flags of noise ask for."""
+    return _noise.from_flags() if known("labels", FLAGS.labels, LABELS) == "noisy" else None
+
+
+def loader(config: Config, options: Options) -> Callable[[str], Dataset]:
+    """From a data set's name to its data, as the config asks for them; the last one is kept in memory."""
+    return lru_cache(maxsize=1)(lambda name: prepare(dataclasses.replace(config, dataset=name), options))
+
+
+def run_cell(name: str, label: str, config: Config, options: Options, load: Callable[[str], Dataset]) -> int:
+    """Run a cell unless its record is there.
+
+    Args:
+      name: of its record and its directory.
+      label: of its line on the screen.
+      config: of this cell.
+      options: of the table, whose directory is their workdir.
+      load: of `loader`.
+    Returns:
+      the exit code of the run, 0 where the record was there.
+    Raises:
+      WorkdirError: the record that is there is of another run.
+    """
+    root = Path(options.workdir)
+    record, cell = root / "records" / f"{name}.json", root / "cells" / name
+    if record.exists():
+        _same(record, config)
+        return 0
+    setting, entries = build_setting(
+        config, dataclasses.replace(options, workdir=str(cell), resume=True), load(config.dataset)
+    )
+    code = run_entries(setting, entries, alone=False)
+    summary = json.loads((cell / "summary.json").read_text())
+    record.parent.mkdir(parents=True, exist_ok=True)
+    write_json(record, summary)
+    shutil.rmtree(cell / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
+    for row, method in summary["methods"].items():
+        failed = f", {len(method['failed'])} seeds stopped early" if method["failed"] else ""
+        print(f"{label}: {row} {percent(method['test_accuracy'])} %, {method['wall_time_s']:.0f} s{failed}")
+    return code
+
+
+def group_of(config: Config) -> str:
+    """A short name of what the cells of one part of the table share."""
+    noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
+    return f"{config.dataset}_{config.student}{noise}"
+
+
+def records_in(root: Path) -> list[dict[str, Any]]:
+    """All records of a table."""
+    return [json.loads(path.read_text()) for path in sorted((root / "records").glob("*.json"))]
+
+
+def _same(record: Path, config: Config) -> None:
+    there = _complete(json.loads(record.read_text())["config"])
+    asked = json.loads(json.dumps(dataclasses.asdict(config)))
+    if different := [name for name, value in asked.items() if name != "rounds" and there.get(name) != value]:
+        raise WorkdirError(
+            f"{record} is of another run ({', '.join(different)} differ): choose another --workdir, or remove it to "
+            "run the cell anew."
+        )
+    if config.rounds not in (None, there["rounds"]):
+        raise WorkdirError(
+            f"{record} is of {there['rounds']} rounds, not {config.rounds}: choose another --workdir, or remove it."
+        )
+
+
+def _complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A record's config with what was not yet a choice when it was written, as it was then: the defaults."""
+    defaults = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in config}
+    return defaults | config | {"settings": dataclasses.asdict(Preset()) | config["settings"]}

@@ -1,0 +1,104 @@
+"""Choose settings without the test set: every combination of a grid, judged on training examples that are held out.
+
+  python -m experiments.tune --method=cross_entropy --grid="student_lr=0.03,0.1,0.3;student_schedule=constant,cosine"
+  python -m experiments.tune --labels=noisy --method=l2t_dln --grid="dln_lr=1e-3,1e-2;squash=softmax,log_softmax"
+  python -m experiments.tune --labels=noisy --method=l2t_dln --teacher=adam --grid="dln_lr=1e-3,1e-2" --rounds=140
+
+The grid is of rows of the preset's sheet (experiments/presets.py). --held_out (here 0.2) of the training examples take
+the place of the test set, which is not read. A combination that is done is kept: with a longer grid give the same
+--workdir (default runs/tune_LABELS). Writes records/, a JSON file a combination, and table.md, the best first.
+"""
+
+import dataclasses
+import itertools
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from experiments import _cells, _flags, _noise
+from experiments._cells import group_of, records_in, run_cell
+from experiments._command import command, start
+from experiments._config import Config, Noise, Options, UsageError
+from experiments._report import result
+from experiments._setting import enable_compilation_cache
+
+flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
+FLAGS = flags.FLAGS
+for module in (_cells, _flags, _noise):
+    flags.adopt_module_key_flags(module)
+
+Grid = list[dict[str, Any]]  # settings of each combination
+
+
+def main(argv: list[str]) -> None:
+    """Run the grid; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
+    command("tune", run_grid, _prepare)
+
+
+def _prepare() -> Noise | None:
+    _cells.set_defaults(held_out=0.2, workdir=f"runs/tune_{FLAGS.labels}")
+    if not FLAGS.held_out:
+        raise UsageError("--held_out=0 would choose settings on the test set: hold out a part of training.")
+    return _cells.noise()
+
+
+def run_grid(config: Config, options: Options) -> int:
+    """Run every combination that is not done, then write the table of all records of the directory."""
+    grid, code, root = parse_grid(FLAGS.grid), 0, Path(options.workdir)
+    load = _cells.loader(config, options)
+    enable_compilation_cache()
+    for method, given in itertools.product(config.methods, grid):
+        settings = _flags.checked(dataclasses.replace(config.settings, **given))
+        cell = dataclasses.replace(config, methods=(method,), settings=settings)
+        label = ", ".join(f"{name}={_text(value)}" for name, value in given.items()) or "as it is"
+        name = "_".join([group_of(cell), config.teacher, method, *(f"{n}={_text(v)}" for n, v in given.items())])
+        code |= run_cell(name, f"{group_of(cell)}, {label}", cell, options, load)
+    (root / "table.md").write_text(markdown(records_in(root)))
+    print(f"Files: {root} (table.md, records/)")
+    return code
+
+
+def parse_grid(text: str) -> Grid:
+    """Read `NAME=VALUE,VALUE;NAME=VALUE` as all combinations.
+
+    Raises:
+      UsageError: a name is unknown or given twice, or a value is not of its kind.
+    """
+    axes: dict[str, list[Any]] = {}
+    for part in filter(None, (part.strip() for part in text.split(";"))):
+        name, equals, values = part.partition("=")
+        if not equals or name in axes:
+            raise UsageError(f"--grid: {part!r} must be NAME=VALUE,VALUE, each name once, with ; between names.")
+        found = [_flags.parse_settings("grid", f"{name}={value}") for value in values.split(",")]
+        axes[name] = [settings[name] for settings in found]
+    return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
+
+
+def markdown(records: list[dict[str, Any]]) -> str:
+    """A row for each record and method, the best held-out accuracy first; columns for what differs among them."""
+    settings = [record["config"]["settings"] | {"teacher": record["teacher"]} for record in records]
+    differing = [name for name in settings[0] if len({str(s.get(name)) for s in settings}) > 1]
+    rows = []
+    for record, values in zip(records, settings, strict=True):
+        for method, outcome in record["methods"].items():
+            accuracy = outcome["test_accuracy"]
+            where = [record["dataset"], record["student"], method, *(_text(values.get(name)) for name in differing)]
+            rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]))]))
+    rows.sort(key=lambda row: -row[0])
+    head = ["data", "student", "method", *differing, "held-out accuracy, %"]
+    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(cells for _, cells in rows))]
+    return "\n".join(["# Settings, judged on held-out training examples", "", *lines, ""])
+
+
+def _text(value: Any) -> str:
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def cli() -> None:
+    """Entry point."""
+    start(main)
+
+
+if __name__ == "__main__":
+    cli()

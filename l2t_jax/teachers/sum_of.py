@@ -1,0 +1,36 @@
+"""A teacher whose update is the sum of several teachers' updates: an optimizer, and an LSTM that corrects it."""
+
+import jax
+
+from l2t_jax.types import Key, PyTree, Teacher
+
+
+def sum_of(*teachers: Teacher) -> Teacher:
+    """Add up teachers: update = sum_k update_k(hypergradient).
+
+    Args:
+      *teachers: e.g. `from_optax(optax.adam(1e-3))` and `coordinate_lstm(1e-3, silent=True)`, which together begin as
+        Adam and learn what to add to it.
+    Returns:
+      a `Teacher` whose parameters and memory are tuples, an entry for each.
+    Source: ours; not in the paper.
+    """
+
+    def init(key: Key) -> PyTree:
+        keys = jax.random.split(key, len(teachers))
+        return tuple(teacher.init(k) for teacher, k in zip(teachers, keys, strict=True))
+
+    def memory(loss_params: PyTree) -> PyTree:
+        return tuple(teacher.memory(loss_params) for teacher in teachers)
+
+    def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
+        updates, memories = zip(
+            *(
+                teacher.update(own, kept, hypergradient, loss_params)
+                for teacher, own, kept in zip(teachers, params, memory, strict=True)
+            ),
+            strict=True,
+        )
+        return jax.tree.map(lambda *parts: sum(parts), *updates), memories
+
+    return Teacher(init=init, memory=memory, update=update)

@@ -1,0 +1,105 @@
+"""`experiments.tune` and `experiments.ablations` as a user meets them."""
+
+import json
+
+import pytest
+from launching import SMALL, launch
+
+from experiments import _flags, ablations, tune
+from experiments._config import UsageError
+from l2t_jax import data
+
+TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
+pytestmark = pytest.mark.usefixtures("small_lstm")
+
+
+def records(workdir):
+    return {path.stem: json.loads(path.read_text()) for path in (workdir / "records").iterdir()}
+
+
+@pytest.fixture(scope="module")
+def tuned(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("tune") / "run"
+    assert launch(tune, *TUNE, "--grid=student_lr=0.1,1e-6;student_schedule=cosine", f"--workdir={workdir}") == 0
+    return workdir
+
+
+def test_a_grid_is_judged_on_held_out_training_examples(tuned):
+    found = records(tuned)
+    assert set(found) == {
+        f"digits_mlp_lstm_cross_entropy_student_lr={lr}_student_schedule=cosine" for lr in ("0.1", "1e-06")
+    }
+    record = found["digits_mlp_lstm_cross_entropy_student_lr=0.1_student_schedule=cosine"]
+    assert record["config"]["held_out"] == 0.2 and record["config"]["settings"]["student_lr"] == 0.1
+    assert record["config"]["dataset_sha256"] == data.hold_out(data.load("digits"), 0.2).sha256
+    rows = (tuned / "table.md").read_text().splitlines()[2:]
+    assert rows[0] == "| data | student | method | student_lr | held-out accuracy, % |"  # only what differs
+    assert rows[2].startswith("| digits | mlp | cross_entropy | 0.1 | ")  # the best first: the other learns nothing
+
+
+def test_a_done_combination_is_kept(tuned, monkeypatch):
+    monkeypatch.setattr("experiments._cells.run_entries", None)
+    assert launch(tune, *TUNE, f"--workdir={tuned}", "--grid=student_lr=0.1;student_schedule=cosine") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--grid=student_lr",), "'student_lr' must be NAME=VALUE,VALUE"),
+        (("--grid=student_lr=0.1;student_lr=1",), "each name once"),
+        (("--grid=rate=1",), "--grid=rate is unknown"),
+        (("--grid=student_lr=fast",), "student_lr=fast must be a number"),
+        (("--grid=student_lr=-1",), "student_lr=-1.0 must be a positive, finite number"),
+        (("--held_out=0",), "would choose settings on the test set"),
+        (("--labels=wrong",), "--labels=wrong is unknown"),
+        (("--teacher_from=x",), "is for single runs"),
+    ],
+)
+def test_what_cannot_be_tuned_is_one_line(arguments, message, tmp_path, capsys):
+    assert launch(tune, *arguments, f"--workdir={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+def test_settings_by_name():
+    found = _flags.parse_settings("set", "odd=true, preprocess=none,unroll_length=7,student_lr=1e-3,squash=softmax")
+    expected = {"odd": True, "preprocess": None, "unroll_length": 7, "student_lr": 1e-3, "squash": "softmax"}
+    assert found == expected and type(found["unroll_length"]) is int
+    for text in ("odd=yes", "unroll_length=2.5", "preprocess=x", "odd", "odd=true,odd=false", "even=true"):
+        with pytest.raises(UsageError, match="--set"):
+            _flags.parse_settings("set", text)
+
+
+@pytest.fixture(scope="module")
+def unroll_lengths(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("ablation") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(ablations.ABLATIONS, "5", ablations.ABLATIONS["5"]._replace(values=(1, 5)))
+        arguments = (
+            "--table=5",
+            "--rounds=2",
+            "--unroll_length=5",
+            "--width=8",
+            "--seeds=2",
+            "--set=base=adam,silent=true",
+        )
+        assert launch(ablations, *arguments, f"--workdir={workdir}") == 0
+    return workdir
+
+
+def test_an_ablation_holds_rounds_equal_or_steps(unroll_lengths):
+    found = records(unroll_lengths)
+    steps = {name: record["methods"]["l2t_dln"]["student_steps"] for name, record in found.items()}
+    assert steps == {
+        "digits_mlp_unroll_length_1_equal_rounds": 2,
+        "digits_mlp_unroll_length_5_equal_rounds": 10,
+        "digits_mlp_unroll_length_1_equal_steps": 10,
+        "digits_mlp_unroll_length_5_equal_steps": 10,
+    }
+    for record in found.values():
+        assert set(record["methods"]) == {"l2t_dln", "l2t_dln_transfer", "cross_entropy"}
+        assert record["methods"]["cross_entropy"]["student_steps"] == record["methods"]["l2t_dln"]["student_steps"]
+    text = (unroll_lengths / "table.md").read_text()
+    assert "## At equal rounds" in text and "## At equal steps" in text
+    assert [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 5 ")] == ["87.07 |"] * 2
+    assert all((unroll_lengths / f"equal_{equal}.png").stat().st_size > 10_000 for equal in ("rounds", "steps"))
