@@ -17,6 +17,7 @@ from l2t_jax import order
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
 from l2t_jax.losses import build_loss
 from l2t_jax.losses.dln import surface
+from l2t_jax.methods.common import Life
 from l2t_jax.types import Array, Batch, Loss, Method, MethodState, PyTree, StudentState
 from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll
 
@@ -107,7 +108,8 @@ class Instruments:
             norms = jnp.linalg.norm(under_dln), jnp.linalg.norm(under_ce)
             parts = by_position(phi, theta, first, task.gather(data, validation, None))
             d = jax.tree.map(lambda x: x.sum(0), parts)
-            update, _ = teacher.update(state.teacher, state.memory, d, phi)
+            memory = state.memory.memory if isinstance(state.memory, Life) else state.memory
+            update, _ = teacher.update(state.teacher, memory, d, phi)
             flat, u = ravel_pytree(d)[0], ravel_pytree(update)[0]
             after = optax.apply_updates(phi, update)
             errors = [judged(taught, p, theta, batches, judge) for p in (phi, after)]

@@ -11,7 +11,7 @@ import optax
 from experiments._config import Config, UsageError
 from l2t_jax.losses import LossError, build_loss, check_loss, fixed_losses
 from l2t_jax.methods.ala import ala
-from l2t_jax.methods.common import on_validation, several
+from l2t_jax.methods.common import on_validation, reborn, several
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dlf import l2t_dlf
@@ -81,7 +81,7 @@ def build_dln(config: Config, classes: int) -> Loss:
 
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
     settings = parts.config.settings
-    return l2t_dln(
+    method = l2t_dln(
         parts.student,
         parts.task,
         _checked(build_dln(parts.config, parts.classes), "l2t_dln", parts.classes),
@@ -94,6 +94,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         learn=learn,
         **parts.shared,
     )
+    return reborn(method, settings.life) if settings.life and learn else method
 
 
 def _taught_by(

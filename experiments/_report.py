@@ -18,7 +18,6 @@ from experiments._methods import Entry
 from experiments._setting import Setting, example_inputs
 from l2t_jax import plots
 from l2t_jax.losses.dln import Layer, surface
-from l2t_jax.noise import wrong_share
 from l2t_jax.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.training import Outcome
@@ -28,7 +27,7 @@ OBSERVED = {  # see `experiments._observe`
     "memorised": "wrong labels learned, share",
     "recovered": "wrong labels seen through, share",
     "fitted": "right labels learned, share",
-    "wrong_pull": "share of the gradient from wrong labels",
+    "wrong_pull": "share of the gradient from wrong labels",  # as on the poster of L2T-DLN
 }
 Outcomes = dict[tuple[str, int], Outcome | str]  # a string where a run could not even begin
 
@@ -43,7 +42,7 @@ def report(
     summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
     write_json(directory.path / "summary.json", summary)
     if alone:
-        _plot(setting, directory)
+        draw(summary, directory.path, directory.plots_dir)
         _print(summary, setting.options.workdir)
 
 
@@ -109,11 +108,17 @@ def _parameters(setting: Setting) -> int:
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
-def _plot(setting: Setting, directory: RunDirectory) -> None:
-    rows, observations = Metrics.read(directory.metrics.path), Metrics.read(directory.observations.path)
-    what = f"{setting.config.dataset}, {setting.config.student}, preset {setting.config.preset}"
-    share = wrong_share(setting.dataset)
-    plot_curves(directory.plots_dir, rows, observations, what, wrong_labels=share)
+def draw(record: dict[str, Any], run: Path, folder: Path) -> None:
+    """Draw all pictures of a finished run from what it saved.
+
+    Args:
+      record: its summary.json.
+      run: its directory.
+      folder: where the pictures go.
+    """
+    rows, observations = Metrics.read(run / "metrics.jsonl"), Metrics.read(run / "observations.jsonl")
+    what = f"{record['dataset']}, {record['student']}, preset {record['preset']}"
+    plot_curves(folder, rows, observations, what, wrong_labels=record["config"]["wrong_labels"])
     norms = {
         f"{method}: {name.replace('_', ' ')}": curve
         for name in ("hypergradient_norm", "dln_update_norm", "teacher_gradient_norm")
@@ -121,9 +126,9 @@ def _plot(setting: Setting, directory: RunDirectory) -> None:
         if np.nanmax(curve[1], initial=0) > 0
     }
     if norms:
-        plots.norms(directory.plots_dir / "norms.png", norms, title=f"{what}: norms")
-    for folder in sorted(directory.snapshots_dir.glob("l2t_dln*/seed_*")):  # other losses are not of two predictions
-        _plot_surfaces(setting, directory, folder)
+        plots.norms(folder / "norms.png", norms, title=f"{what}: norms")
+    for snapshots in sorted((run / "snapshots").glob("l2t_dln*/seed_*")):  # other losses are not of two predictions
+        _draw_surfaces(record["config"], snapshots, folder)
 
 
 def plot_curves(
@@ -166,23 +171,23 @@ def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
     return gathered
 
 
-def _plot_surfaces(setting: Setting, directory: RunDirectory, folder: Path) -> None:
+def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> None:
     surfaces: list[tuple[str, Any]] = []
-    for path in sorted(folder.glob("round_*.npz")):
+    for path in sorted(snapshots.glob("round_*.npz")):
         done = int(path.stem.removeprefix("round_"))
-        percentage = f"{100 * done / setting.schedule.rounds:.0f} % (round {done})"
-        share = {0: "start", setting.schedule.rounds: "end"}.get(done, percentage)
+        percentage = f"{100 * done / config['rounds']:.0f} % (round {done})"
+        share = {0: "start", config["rounds"]: "end"}.get(done, percentage)
         arrays = load_arrays(path)
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
             for i in range(depth)
         ]
-        surfaces.append((share, np.asarray(surface(layers, setting.config.settings.squash, SURFACE_POINTS))))
-    added = " (added to cross entropy)" if setting.config.settings.residual else ""
-    name = f"surfaces_{folder.parent.name}_{folder.name}.png"
-    title = f"DLN{added}: {folder.parent.name}, {folder.name.replace('_', ' ')}"
-    plots.loss_surfaces(directory.plots_dir / name, surfaces, title=title)
+        surfaces.append((share, np.asarray(surface(layers, config["settings"]["squash"], SURFACE_POINTS))))
+    added = " (added to cross entropy)" if config["settings"]["residual"] else ""
+    method, seed = snapshots.parent.name, snapshots.name
+    title = f"DLN{added}: {method}, {seed.replace('_', ' ')}"
+    plots.loss_surfaces(folder / f"surfaces_{method}_{seed}.png", surfaces, title=title)
 
 
 def _print(summary: dict[str, Any], workdir: str) -> None:

@@ -22,6 +22,7 @@
 | LSTM at the start           | T(d)             | T(d)             | T(d)                            | code           |
 | added to the LSTM's output  | -                | -                | -                               | Eq. 3; code    |
 | updates of the DLN taken    | all              | all              | all                             | Eq. 3; code    |
+| rounds of a student's life  | the run's        | the run's        | the run's                       | Alg. 1; code   |
 | LSTM memory                 | never cleared    | never cleared    | never cleared                   | code           |
 """
 
@@ -30,7 +31,10 @@ import dataclasses
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """One column of the sheet. Sizes in examples, lengths in student steps, epochs are passes over validation data."""
+    """One column of the sheet.
+
+    Sizes in examples, lengths in student steps, lives in rounds; an epoch is a pass over the validation data.
+    """
 
     epochs: int = 10
     unroll_length: int = 25
@@ -52,6 +56,7 @@ class Preset:
     silent: bool = False
     base: str = "none"
     accept: str = "always"
+    life: int = 0
     reset_memory: str = "never"
 
 

@@ -13,7 +13,7 @@ from absl import flags
 from absl.testing import flagsaver
 from launching import launch
 
-from experiments import _flags, _setting, classification
+from experiments import _flags, _setting, classification, figures
 from experiments._setting import example_inputs
 from experiments.presets import PRESETS
 from l2t_jax import data
@@ -127,6 +127,24 @@ def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     assert "settings.dln_lr: there 0.001, asked 0.5" in capsys.readouterr().err
     assert launch(classification, *SMALL, f"--workdir={finished}", "--resume") == 0
     assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
+
+
+def test_figures_are_drawn_again_from_the_files(finished, tmp_path, capsys):
+    cost = ROOT / "benchmarks" / "results" / "hypergradient_cost_cpu_small.json"
+    assert launch(figures, f"--runs={finished}", f"--costs={cost}", f"--workdir={tmp_path}") == 0
+    drawn = {path.name: path.read_bytes() for path in (tmp_path / finished.name).iterdir()}
+    assert drawn == {path.name: path.read_bytes() for path in (finished / "plots").iterdir()}
+    assert (tmp_path / "hypergradient_cost.png").stat().st_size > 10_000
+    assert len(capsys.readouterr().out.splitlines()) == len(drawn) + 1
+    for arguments, message in (
+        ((), "there is nothing to draw: give --runs=DIR"),
+        ((f"--runs={tmp_path}",), "name a finished run"),
+        ((f"--runs={finished},{finished}",), "has two runs of one name"),
+        ((f"--costs={finished / 'summary.json'}",), "is something else"),
+    ):
+        assert launch(figures, *arguments) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(("preset", "teacher"), [("paper", "lstm"), ("released", "lstm"), ("paper", "adam")])

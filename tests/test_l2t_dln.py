@@ -12,7 +12,7 @@ import toy
 
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.methods import METHODS
-from l2t_jax.methods.common import on_validation, several
+from l2t_jax.methods.common import on_validation, reborn, several
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.teachers import TEACHERS
@@ -287,7 +287,7 @@ def test_an_update_that_hurts_is_not_taken(learn):
         (after, metrics), (other, wild) = (jax.jit(m.round)(state, batches) for m in (method, free))
         assert (wild["validation_error"] > wild["validation_error_stage_one"]) == hurts  # or nothing is tested
         if not hurts:
-            chex.assert_trees_all_equal(after, other)
+            chex.assert_trees_all_close(after, other, rtol=1e-5, atol=1e-7)  # two programs, rounded differently
             continue
         chex.assert_trees_all_equal(after.loss, state.loss)
         assert metrics["validation_error"] == metrics["validation_error_stage_one"]
@@ -295,9 +295,33 @@ def test_an_update_that_hurts_is_not_taken(learn):
         step = student_step(plain_gradient(inner_objective(toy.student, toy.small_loss())), SGD)
         plain, _ = unroll(step, state.student, state.loss, jax.tree.map(lambda x: x[0], batches.train))
         chex.assert_trees_all_close(after.student, plain, rtol=1e-5, atol=1e-6)
-        chex.assert_trees_all_equal(after.optimizer_state, other.optimizer_state)  # the teacher learns from it all
+        chex.assert_trees_all_close(after.optimizer_state, other.optimizer_state, rtol=1e-5)  # it learns from it all
 
 
 def test_accepting_needs_stages_on_the_same_batches():
     with pytest.raises(ValueError, match='use second_stage "restart"'):
         build("continue", accept="not_worse")
+
+
+def test_a_teacher_of_many_lives():
+    """Rounds 2 and 4 begin with fresh students, losses and memories, different ones; the teacher goes on."""
+    method, _ = build("restart", optax.adam(1e-2))
+    many = reborn(method, 2)
+    key, inputs = jax.random.key(3), jnp.zeros((6, 5))
+    state, alone = many.init(key, inputs), method.init(key, inputs)
+    chex.assert_trees_all_equal(state._replace(memory=state.memory.memory), alone)
+    one, other = jax.jit(many.round), jax.jit(method.round)
+    students = []
+    for r in range(5):
+        if r in (2, 4):
+            fresh = method.init(jax.random.fold_in(key, r), inputs)
+            alone = fresh._replace(teacher=alone.teacher, optimizer_state=alone.optimizer_state)
+            students.append(alone.student.params)
+        state, metrics = one(state, batches_of(r, 1))
+        alone, expected = other(alone, batches_of(r, 1))
+        chex.assert_trees_all_close(state._replace(memory=state.memory.memory), alone, rtol=1e-6, atol=1e-7)
+        chex.assert_trees_all_close(metrics["validation_error"], expected["validation_error"], rtol=1e-5)
+        assert state.memory.rounds == r + 1
+    assert optax.tree.norm(jax.tree.map(jnp.subtract, *students)) > 0.1
+    with pytest.raises(ValueError, match="a life of 0 rounds"):
+        reborn(method, 0)

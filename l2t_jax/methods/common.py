@@ -6,7 +6,7 @@ Legend: S data stages of a round, N unroll length, B batch, V validation batch, 
 from collections import OrderedDict  # keeps its order through jit, which sorts a dict
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,19 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient
-from l2t_jax.types import Array, Batch, Head, Loss, Method, MethodState, PyTree, RoundBatches, Student, StudentState
+from l2t_jax.types import (
+    Array,
+    Batch,
+    Head,
+    Key,
+    Loss,
+    Method,
+    MethodState,
+    PyTree,
+    RoundBatches,
+    Student,
+    StudentState,
+)
 from l2t_jax.unroll import (
     InnerLoss,
     OuterError,
@@ -90,6 +102,51 @@ def on_validation(method: Method) -> Method:
         return method.round(state, batches._replace(train=jax.tree.map(lambda x: x[:, None], batches.validation)))
 
     return method._replace(round=round)
+
+
+class Life(NamedTuple):
+    """What `reborn` carries beside the teacher's memory."""
+
+    memory: PyTree  # the method's own
+    key: Array  # [...] uint32, data of a key
+    rounds: Array  # [] int32, since the beginning
+
+
+def reborn(method: Method, rounds: int) -> Method:
+    """Train the teacher of a method over many student lives: every so many rounds student and loss begin anew.
+
+    The teacher's parameters and its optimizer's state go on; its memory, which is of the loss, begins anew too.
+
+    Args:
+      method: e.g. of `l2t_dln`.
+      rounds: of a life.
+    Returns:
+      a `Method` whose memory is a `Life`; the student it ends with is that of the last life.
+    Raises:
+      ValueError: a life has no round.
+    Source: ours; the paper trains a teacher over one life.
+    """
+    if rounds < 1:
+        raise ValueError(f"a life of {rounds} rounds teaches nothing: give at least 1.")
+
+    def init(key: Key, inputs: Array) -> MethodState:
+        state = method.init(key, inputs)
+        return state._replace(memory=Life(state.memory, jax.random.key_data(key), jnp.int32(0)))
+
+    def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
+        life = state.memory
+        going_on = state._replace(memory=life.memory)
+
+        def begin_anew() -> MethodState:
+            key = jax.random.fold_in(jax.random.wrap_key_data(life.key), life.rounds)
+            fresh = method.init(key, batches.train.inputs[0, 0])
+            return fresh._replace(teacher=state.teacher, optimizer_state=state.optimizer_state)
+
+        over = (life.rounds > 0) & (life.rounds % rounds == 0)
+        state, metrics = method.round(lax.cond(over, begin_anew, lambda: going_on), batches)
+        return state._replace(memory=Life(state.memory, life.key, life.rounds + 1)), metrics
+
+    return method._replace(init=init, round=round)
 
 
 def several(method: Method, rounds: int) -> Method:

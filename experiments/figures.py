@@ -1,0 +1,93 @@
+"""Draw the figures of finished runs from what they saved; nothing is trained.
+
+  python -m experiments.figures --runs=runs/mine
+  python -m experiments.figures --runs=runs/lstm,runs/adam --workdir=figures
+  python -m experiments.figures --costs=benchmarks/results/hypergradient_cost_cpu_w1.json
+
+For every run: the surfaces of the DLN through its training (Figure 3), learning curves, norms, and, where labels were
+wrong, what the student made of them and how much of its gradient came from them (the poster). Several runs are also
+drawn together, a curve for each run and method. --costs draws records of benchmarks.hypergradient_cost. Pictures go to
+--workdir (default figures), in a folder for each run.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+
+from benchmarks.cost_report import plot
+from experiments import _flags  # noqa: F401, defines --workdir
+from experiments._command import start
+from experiments._config import UsageError, fail
+from experiments._report import draw, plot_curves
+from l2t_jax.records import Metrics
+
+flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their last folders must differ.")
+flags.DEFINE_list("costs", [], "Records of benchmarks.hypergradient_cost (JSON), comma separated: drawn together.")
+FLAGS = flags.FLAGS
+flags.declare_key_flag("workdir")
+
+
+def main(argv: list[str]) -> None:
+    """Draw; bad input is one line and exit code 2."""
+    try:
+        for path in figures(FLAGS.runs, FLAGS.costs, Path(FLAGS.workdir or "figures")):
+            print(path)
+    except (UsageError, OSError) as error:
+        fail(str(error))
+    sys.exit(0)
+
+
+def figures(runs: list[str], costs: list[str], folder: Path) -> list[Path]:
+    """Draw all that is asked for; returns the pictures, in order.
+
+    Raises:
+      UsageError: nothing is asked for, or what is there is no finished run or no record.
+    """
+    if not runs and not costs:
+        raise UsageError("there is nothing to draw: give --runs=DIR or --costs=FILE.")
+    names = [Path(run).name for run in runs]
+    if len(set(names)) < len(names):
+        raise UsageError(f"--runs has two runs of one name ({', '.join(names)}): rename a directory.")
+    summaries = [_read(Path(run) / "summary.json", "methods", "a finished run") for run in runs]
+    for run, name, summary in zip(runs, names, summaries, strict=True):
+        draw(summary, Path(run), folder / name)
+    if len(runs) > 1:
+        rows, observations = (
+            [
+                row | {"method": f"{name}: {row['method']}"}
+                for run, name in zip(runs, names, strict=True)
+                for row in Metrics.read(Path(run) / file)
+            ]
+            for file in ("metrics.jsonl", "observations.jsonl")
+        )
+        share = max(summary["config"]["wrong_labels"] for summary in summaries)
+        plot_curves(folder, rows, observations, " and ".join(names), wrong_labels=share)
+    if costs:
+        measured = [
+            row for file in costs for row in _read(Path(file), "rows", "a record of hypergradient_cost")["rows"]
+        ]
+        folder.mkdir(parents=True, exist_ok=True)
+        plot(measured, folder / "hypergradient_cost.png")
+    return sorted(folder.rglob("*.png"))
+
+
+def _read(path: Path, field: str, what: str) -> dict[str, Any]:
+    try:
+        record = json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{path} is not there or not readable ({type(error).__name__}): name {what}.") from None
+    if not isinstance(record, dict) or field not in record:
+        raise UsageError(f"{path} is something else: name {what}.")
+    return record
+
+
+def cli() -> None:
+    """Entry point."""
+    start(main)
+
+
+if __name__ == "__main__":
+    cli()
