@@ -324,6 +324,8 @@ def checked(settings: Preset) -> Preset:
     for name in ("epochs", "unroll_length", "batch_size", "validation_batch_size"):
         if getattr(settings, name) < 1:
             raise UsageError(f"--{name}={getattr(settings, name)} must be at least 1.")
+    if not 0 <= settings.student_clip < float("inf"):
+        raise UsageError(f"--set: student_clip={settings.student_clip} must be a norm, or 0 for none.")
     if settings.life < 0:
         raise UsageError(f"--set: life={settings.life} must be a number of rounds, or 0 for that of the run.")
     if not 0 < settings.validation_ratio < 1:

@@ -12,6 +12,7 @@ import optax
 
 from experiments._config import Config, Options, UsageError
 from experiments._methods import Entry, Parts, build_entries
+from experiments.presets import Preset
 from l2t_jax import parallel
 from l2t_jax.data import Dataset
 from l2t_jax.methods.l2t_dln import STAGES
@@ -51,8 +52,7 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     parallel.check(layout, **sizes)
     task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
     schedule = build_schedule(config, dataset)
-    steps = schedule.rounds * schedule.stages * schedule.unroll_length
-    optimizer = optax.sgd(SCHEDULES[config.settings.student_schedule](config.settings.student_lr, steps))
+    optimizer = build_optimizer(config.settings, schedule.rounds * schedule.stages * schedule.unroll_length)
     parts = Parts(config, student, task, optimizer, dataset.num_classes, schedule, layout)
     setting = Setting(config, options, dataset, student, task, schedule, layout, optimizer)
     return setting, build_entries(parts, options.teacher_from is not None)
@@ -71,6 +71,12 @@ def build_student(config: Config, dataset: Dataset, axis_name: str | None = None
     except ValueError as error:
         raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
     return student
+
+
+def build_optimizer(settings: Preset, steps: int) -> optax.GradientTransformation:
+    """The student's optimizer, for a run of so many student steps."""
+    sgd = optax.sgd(SCHEDULES[settings.student_schedule](settings.student_lr, steps))
+    return optax.chain(optax.clip_by_global_norm(settings.student_clip), sgd) if settings.student_clip else sgd
 
 
 def build_schedule(config: Config, dataset: Dataset) -> Schedule:

@@ -7,6 +7,7 @@
 |-----------------------------|------------------|------------------|---------------------------------|----------------|
 | student                     | SGD 0.1          | SGD 0.1          | SGD 0.1                         | 5.1            |
 | its learning rate           | constant         | constant         | constant                        | 5.1; code      |
+| clip of its gradient's norm | none             | none             | none                            | 5.1; code      |
 | gamma, step size of the DLN | 1e-3, added      | 1e-3, subtracted | 1e-3, subtracted                | Eq. 3; code    |
 | teacher                     | Adam 1e-3        | Adam 1e-3        | Adam 1e-2                       | 5.1            |
 | unroll length N             | 25               | 15               | 25                              | 5.2; code      |
@@ -43,6 +44,7 @@ class Preset:
     validation_ratio: float = 0.5
     student_lr: float = 0.1
     student_schedule: str = "constant"
+    student_clip: float = 0.0
     dln_lr: float = 1e-3
     teacher_lr: float = 1e-3
     second_stage: str = "continue"
