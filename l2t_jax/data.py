@@ -142,8 +142,9 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     Returns:
       the data set, its name and the order of the remaining training examples as they were.
     Raises:
-      DataError: a class would have no example in one of the parts.
+      DataError: the share is none, or a class would have no example in one of the parts.
     """
+    _require(0 <= share < 1, f"{dataset.name}: the share to hold out is {share}, expected at least 0 and less than 1.")
     if share == 0:
         return dataset
     labels = dataset.train_labels

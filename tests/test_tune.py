@@ -2,11 +2,15 @@
 
 import json
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
 from experiments._config import UsageError
+from experiments._setting import build_optimizer
+from experiments.presets import Preset
 from l2t_jax import data
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
@@ -103,3 +107,19 @@ def test_an_ablation_holds_rounds_equal_or_steps(unroll_lengths):
     assert "## At equal rounds" in text and "## At equal steps" in text
     assert [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 5 ")] == ["87.07 |"] * 2
     assert all((unroll_lengths / f"equal_{equal}.png").stat().st_size > 10_000 for equal in ("rounds", "steps"))
+
+
+def test_the_learning_rate_falls_and_long_gradients_are_clipped():
+    """eta_t = eta (1 + cos(pi t / T)) / 2 over T = 4 steps; gradients of norm 10 become 1, shorter ones stay."""
+    settings = Preset(student_lr=0.2, student_schedule="cosine", student_clip=1.0)
+    optimizer = build_optimizer(settings, 4)
+    gradient, short = jnp.array([6.0, -8.0]), jnp.array([0.03, 0.04])
+    state, norms = optimizer.init(gradient), []
+    for _ in range(4):
+        update, state = optimizer.update(gradient, state)
+        np.testing.assert_allclose(update / jnp.linalg.norm(update), -gradient / 10, rtol=1e-6)
+        norms.append(jnp.linalg.norm(update))
+    np.testing.assert_allclose(norms, 0.1 * (1 + np.cos(np.pi * np.arange(4) / 4)), rtol=1e-6)
+    np.testing.assert_allclose(optimizer.update(short, optimizer.init(short))[0], -0.2 * short, rtol=1e-6)
+    plain = build_optimizer(Preset(student_lr=0.2), 4)
+    np.testing.assert_allclose(plain.update(gradient, plain.init(gradient))[0], -0.2 * gradient)
