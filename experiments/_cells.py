@@ -10,10 +10,8 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _noise
-from experiments._config import Config, Noise, Options, UsageError
+from experiments._config import Config, Options, UsageError
 from experiments._data import prepare
-from experiments._flags import known
 from experiments._report import percent
 from experiments._run import run_entries
 from experiments._setting import build_setting
@@ -21,9 +19,6 @@ from experiments.presets import Preset
 from l2t_jax.data import Dataset
 from l2t_jax.records import WorkdirError, write_json
 
-LABELS = ("clean", "noisy")
-
-flags.DEFINE_string("labels", "clean", f"{' | '.join(LABELS)}. Right labels, or wrong ones as --noise says.")
 FLAGS = flags.FLAGS
 
 
@@ -40,11 +35,6 @@ def set_defaults(**defaults: Any) -> None:
     for name, value in defaults.items():
         if not FLAGS[name].present:
             setattr(FLAGS, name, value)
-
-
-def noise() -> Noise | None:
-    """The wrong labels that --labels and the flags of noise ask for."""
-    return _noise.from_flags() if known("labels", FLAGS.labels, LABELS) == "noisy" else None
 
 
 def loader(config: Config, options: Options) -> Callable[[str], Dataset]:

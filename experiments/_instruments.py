@@ -58,7 +58,6 @@ class Instruments:
         self._schedule = setting.schedule.of(method)
         dln, teacher = build_dln(config, setting.dataset.num_classes), build_teacher(config)
         fixed = build_loss("cross_entropy", setting.dataset.num_classes)
-        data, held = jax.device_put(setting.dataset.training), jax.device_put(setting.dataset.test)
         outer = outer_objective(student, task)
         length = self._schedule.unroll_length
 
@@ -98,7 +97,9 @@ class Instruments:
             grads = jax.grad(lambda p: inner(p, state.batch_stats, params, batch)[0])(state.params)
             return ravel_pytree(grads)[0]
 
-        def look(state: MethodState, train: Array, validation: Array, current: Array) -> dict[str, Array]:
+        def look(
+            data: PyTree, held: PyTree, state: MethodState, train: Array, validation: Array, current: Array
+        ) -> dict[str, Array]:
             phi, theta = state.loss, state.student
             batches, first = task.gather(data, train, None), task.gather(data, train[:length], None)
             judge = task.gather(held, jnp.arange(min(HELD_OUT, len(setting.dataset.test_labels))), None)
@@ -135,11 +136,12 @@ class Instruments:
                 "leak": error(judge) - error(task.gather(data, current, None)),
             }
 
-        def curvature(state: MethodState, train: Any, validation: Any) -> Curvature:
+        def curvature(data: PyTree, state: MethodState, train: Any, validation: Any) -> Curvature:
             data_of = (task.gather(data, train[:length], None), task.gather(data, validation, None))
             objective = taught_error(student, task, dln, setting.optimizer, state.student, *data_of)
             return lowest_curvature(objective, state.student.params, state.loss, jax.random.key(0))
 
+        self._data, self._held = jax.device_put(setting.dataset.training), jax.device_put(setting.dataset.test)
         self._look, self._curvature, self._curvature_at = jax.jit(look), curvature, curvature_at
         self._steps_per_round = length * method.steps_per_round
 
@@ -150,17 +152,17 @@ class Instruments:
         train = np.concatenate([indices[0] for indices, _ in ahead])  # [K N, B], of the first stage of each round
         epoch = max(done - 1, 0) // self._schedule.rounds_per_epoch
         split = order.epoch_split(seed, epoch, sizes["n"], sizes["validation_ratio"], sizes["fixed_split"])
-        found = self._look(state, train, ahead[0][1][0], split.validation[:HELD_OUT])
+        found = self._look(self._data, self._held, state, train, ahead[0][1][0], split.validation[:HELD_OUT])
         row: dict[str, float] = {"student_steps": done * self._steps_per_round}
         for name, value in jax.device_get(found).items():
             if value.ndim == 0:
                 row[name] = float(value)
                 continue
-            places = HORIZONS if len(value) == len(HORIZONS) and name != "position" else range(1, len(value) + 1)
+            places = range(1, len(value) + 1) if name == "position" else HORIZONS
             row |= {f"{name}_{place}": float(x) for place, x in zip(places, value, strict=True)}
         if done in self._curvature_at:
             try:
-                lowest = self._curvature(state, train, ahead[0][1][0])
+                lowest = self._curvature(self._data, state, train, ahead[0][1][0])
                 row |= {"curvature": lowest.value, "curvature_student": lowest.first_share}
             except CurvatureError:  # a run that diverges has none; it is told by its other numbers
                 pass

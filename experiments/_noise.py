@@ -7,6 +7,7 @@ from experiments._flags import known
 from l2t_jax.data import Dataset
 from l2t_jax.noise import NOISES, with_noise
 
+LABELS = ("clean", "noisy")
 META, FEW = 1000, 10_000  # clean examples; a tenth as many where there are fewer examples than FEW
 
 flags.DEFINE_string(
@@ -37,6 +38,20 @@ def from_flags() -> Noise:
     if not 0 <= values.noise_ratio <= 1:
         raise UsageError(f"--noise_ratio={values.noise_ratio} must lie between 0 and 1.")
     return Noise(known("noise", values.noise, NOISES), values.noise_ratio, values.meta, values.noise_seed)
+
+
+def of_labels(labels: str) -> Noise | None:
+    """What the flags say where a table is of "noisy" labels; none where it is of "clean" ones.
+
+    Raises:
+      UsageError: as `from_flags`; or the labels are clean and a flag describes wrong ones.
+    """
+    if labels == "noisy":
+        return from_flags()
+    for name in ("noise", "noise_ratio", "meta", "noise_seed"):
+        if flags.FLAGS[name].present:
+            raise UsageError(f"--{name} is of wrong labels, and the labels are clean here: ask for noisy ones.")
+    return None
 
 
 def with_config(dataset: Dataset, config: Config) -> Dataset:

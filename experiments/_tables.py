@@ -57,12 +57,13 @@ def collect(records: list[dict[str, Any]]) -> Groups:
     """The rows of every group, in the order of the methods' names in the records."""
     groups: dict[Setup, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
     for record in records:
-        rows = groups.setdefault(_setup(record), {})
+        rows = groups.setdefault(setup_of(record), {})
         rows |= {name: (method, record) for name, method in record["methods"].items()}
     return {setup: [_row(setup, name, rows) for name in rows] for setup, rows in sorted(groups.items())}
 
 
-def _setup(record: dict[str, Any]) -> Setup:
+def setup_of(record: dict[str, Any]) -> Setup:
+    """What a record was measured on."""
     noise = record["config"]["noise"]
     return Setup(record["dataset"], record["student"], "" if noise is None else _noise_name(**noise))
 
@@ -133,7 +134,7 @@ def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
         "",
     ]
     for setup, rows in groups.items():
-        record = next(r for r in records if _setup(r) == setup)
+        record = next(r for r in records if setup_of(r) == setup)
         config, settings = record["config"], record["config"]["settings"]
         lines += [f"## {name_of(setup)}", ""]
         lines += [

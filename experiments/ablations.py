@@ -18,10 +18,10 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _cells, _flags, _noise, _table_flag
+from experiments import _cells, _flags, _labels, _noise, _table_flag
 from experiments._cells import group_of, run_cell
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options
+from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result, tested_on
 from experiments._setting import build_schedule, enable_compilation_cache
 from experiments._table_flag import table
@@ -63,7 +63,7 @@ ABLATIONS = {
 Records = dict[tuple[str, Any], dict[str, Any]]  # (what is equal, value) -> record
 
 FLAGS = flags.FLAGS
-for module in (_cells, _flags, _noise, _table_flag):
+for module in (_labels, _flags, _noise, _table_flag):
     flags.adopt_module_key_flags(module)
 
 
@@ -74,8 +74,10 @@ def main(argv: list[str]) -> None:
 
 def _prepare() -> Noise | None:
     chosen = table(ABLATIONS)
+    if FLAGS["method"].present:
+        raise UsageError(f"--method is {' and '.join(METHODS)} here, which are compared: leave it out.")
     _cells.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
-    return _cells.noise()
+    return _labels.noise()
 
 
 def run_ablation(config: Config, options: Options) -> int:
@@ -83,6 +85,8 @@ def run_ablation(config: Config, options: Options) -> int:
     ablation, root, code = ABLATIONS[FLAGS.table], Path(options.workdir), 0
     load = _cells.loader(config, options)
     enable_compilation_cache()
+    if ablation.setting == "validation_ratio" and load(config.dataset).meta:
+        raise UsageError("a meta set kept apart validates, whatever the ratio: give --meta=0 to divide the noisy set.")
     config = dataclasses.replace(config, rounds=build_schedule(config, load(config.dataset)).rounds)
     found: Records = {}
     for equal in ablation.equal:

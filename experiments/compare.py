@@ -18,10 +18,11 @@ from typing import Any
 from absl import flags
 
 from experiments import _flags, _noise, _table_flag, _tables
-from experiments._cells import LABELS, group_of, loader, records_in, run_cell, set_defaults
+from experiments._cells import group_of, loader, records_in, run_cell, set_defaults
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._methods import method_names
+from experiments._noise import LABELS
 from experiments._report import plot_curves
 from experiments._setting import enable_compilation_cache
 from experiments._table_flag import table
@@ -60,7 +61,7 @@ def _prepare() -> Noise | None:
             raise UsageError(f"--{name} is one of several here: give --{instead}.")
     chosen = table(LABELS, "clean")
     set_defaults(method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
-    return _noise.from_flags() if chosen == "noisy" else None
+    return _noise.of_labels(chosen)
 
 
 def fill(config: Config, options: Options) -> int:

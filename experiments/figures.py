@@ -14,6 +14,7 @@ import json
 import sys
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 from absl import flags
 
@@ -35,7 +36,9 @@ def main(argv: list[str]) -> None:
     try:
         for path in figures(FLAGS.runs, FLAGS.costs, Path(FLAGS.workdir or "figures")):
             print(path)
-    except (UsageError, OSError) as error:
+    except KeyError as error:
+        fail(f"a record has no {error}: it was written by something else, or by another version.")
+    except (ValueError, OSError, BadZipFile) as error:
         fail(str(error))
     sys.exit(0)
 

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 from absl import flags
 
-from experiments import _cells, _flags, _noise
+from experiments import _cells, _flags, _labels, _noise
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._instruments import HORIZONS, Instruments
@@ -35,7 +35,7 @@ flags.DEFINE_string(
 )
 flags.DEFINE_bool("curvature", True, "Find the most negative curvature of the validation error at 5 moments.")
 FLAGS = flags.FLAGS
-for module in (_cells, _flags, _noise):
+for module in (_labels, _flags, _noise):
     flags.adopt_module_key_flags(module)
 
 Rows = list[dict[str, Any]]
@@ -76,7 +76,7 @@ def _prepare() -> Noise | None:
     _cells.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{FLAGS.labels}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 leaves no examples that no run has seen: hold out a part of training.")
-    return _cells.noise()
+    return _labels.noise()
 
 
 def study(config: Config, options: Options) -> int:

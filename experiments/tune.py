@@ -16,16 +16,17 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _cells, _flags, _noise
+from experiments import _cells, _flags, _labels, _noise
 from experiments._cells import group_of, records_in, run_cell
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result
 from experiments._setting import enable_compilation_cache
+from experiments._tables import name_of, setup_of
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
 FLAGS = flags.FLAGS
-for module in (_cells, _flags, _noise):
+for module in (_labels, _flags, _noise):
     flags.adopt_module_key_flags(module)
 
 Grid = list[dict[str, Any]]  # settings of each combination
@@ -40,7 +41,7 @@ def _prepare() -> Noise | None:
     _cells.set_defaults(held_out=0.2, workdir=f"runs/tune_{FLAGS.labels}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 would choose settings on the test set: hold out a part of training.")
-    return _cells.noise()
+    return _labels.noise()
 
 
 def run_grid(config: Config, options: Options) -> int:
@@ -77,16 +78,19 @@ def parse_grid(text: str) -> Grid:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """A row for each record and method, the best held-out accuracy first; columns for what differs among them."""
-    settings = [record["config"]["settings"] | {"teacher": record["teacher"]} for record in records]
+    settings = [
+        record["config"]["settings"] | {name: record["config"][name] for name in ("teacher", "rounds")}
+        for record in records
+    ]
     differing = [name for name in settings[0] if len({str(s.get(name)) for s in settings}) > 1]
     rows = []
     for record, values in zip(records, settings, strict=True):
         for method, outcome in record["methods"].items():
             accuracy = outcome["test_accuracy"]
-            where = [record["dataset"], record["student"], method, *(_text(values.get(name)) for name in differing)]
+            where = [name_of(setup_of(record)), method, *(_text(values.get(name)) for name in differing)]
             rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]))]))
     rows.sort(key=lambda row: -row[0])
-    head = ["data", "student", "method", *differing, "held-out accuracy, %"]
+    head = ["data", "method", *differing, "held-out accuracy, %"]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(cells for _, cells in rows))]
     return "\n".join(["# Settings, judged on held-out training examples", "", *lines, ""])
 

@@ -37,8 +37,8 @@ def test_a_grid_is_judged_on_held_out_training_examples(tuned):
     assert record["config"]["held_out"] == 0.2 and record["config"]["settings"]["student_lr"] == 0.1
     assert record["config"]["dataset_sha256"] == data.hold_out(data.load("digits"), 0.2).sha256
     rows = (tuned / "table.md").read_text().splitlines()[2:]
-    assert rows[0] == "| data | student | method | student_lr | held-out accuracy, % |"  # only what differs
-    assert rows[2].startswith("| digits | mlp | cross_entropy | 0.1 | ")  # the best first: the other learns nothing
+    assert rows[0] == "| data | method | student_lr | held-out accuracy, % |"  # only what differs
+    assert rows[2].startswith("| digits, mlp | cross_entropy | 0.1 | ")  # the best first: the other learns nothing
 
 
 def test_a_done_combination_is_kept(tuned, monkeypatch):
@@ -57,6 +57,8 @@ def test_a_done_combination_is_kept(tuned, monkeypatch):
         (("--held_out=0",), "would choose settings on the test set"),
         (("--labels=wrong",), "--labels=wrong is unknown"),
         (("--teacher_from=x",), "is for single runs"),
+        (("--noise=uniform",), "--noise is of wrong labels, and the labels are clean here"),
+        (("--set=preprocess=-1",), "preprocess=-1.0 must be a positive number, or none"),
     ],
 )
 def test_what_cannot_be_tuned_is_one_line(arguments, message, tmp_path, capsys):
@@ -123,3 +125,18 @@ def test_the_learning_rate_falls_and_long_gradients_are_clipped():
     np.testing.assert_allclose(optimizer.update(short, optimizer.init(short))[0], -0.2 * short, rtol=1e-6)
     plain = build_optimizer(Preset(student_lr=0.2), 4)
     np.testing.assert_allclose(plain.update(gradient, plain.init(gradient))[0], -0.2 * gradient)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ((), "--table is not given"),
+        (("--table=7",), "--table=7 is unknown"),
+        (("--table=5", "--method=slf"), "leave it out"),
+        (("--table=4", "--labels=noisy"), "give --meta=0"),
+    ],
+)
+def test_what_cannot_be_ablated_is_one_line(arguments, message, tmp_path, capsys):
+    assert launch(ablations, *arguments, f"--workdir={tmp_path / 'run'}") == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
