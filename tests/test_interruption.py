@@ -14,8 +14,10 @@ import time
 from pathlib import Path
 
 import pytest
-from test_experiments import last_checkpoints, launch, numbers
+from launching import launch
+from test_experiments import last_checkpoints, numbers
 
+from experiments import classification
 from l2t_jax.records import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -135,10 +137,10 @@ def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, ca
     small = ["--rounds=2", "--unroll_length=2", "--width=8", "--seeds=1,", f"--workdir={workdir}"]
     with monkeypatch.context() as patch:
         patch.setattr(Metrics, "append", append)
-        assert launch(*small) == 1
+        assert launch(classification, *small) == 1
     said = capsys.readouterr().err.strip().splitlines()[-1]
     assert "Read-only file system" in said and f"--workdir={workdir} --resume" in said
     assert (workdir / "checkpoints/l2t_dln_transfer/seed_1/2").is_dir()
-    assert launch(*small, "--resume") == 0
+    assert launch(classification, *small, "--resume") == 0
     assert len(Metrics.read(workdir / "metrics.jsonl")) == 6
     assert json.loads((workdir / "summary.json").read_text())["methods"]["cross_entropy"]["failed"] == []
