@@ -18,7 +18,7 @@ from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
 from l2t_jax.parallel import SHARDS
 from l2t_jax.students import STUDENTS
-from l2t_jax.teachers import TEACHERS
+from l2t_jax.teachers import TEACHERS, shipped
 
 SHORTCUTS = ["a", "b"]
 CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
@@ -158,7 +158,7 @@ flags.DEFINE_string(
     "teacher_from",
     None,
     f"A --workdir whose trained, frozen teachers (of {', '.join(TAUGHT)}, for the same seeds) teach here, on another "
-    "data set, student or noise; none is trained.",
+    f"data set, student or noise; none is trained. Or shipped:NAME: {_choices(shipped())}.",
 )
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
 flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")

@@ -11,13 +11,14 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from experiments._methods import build_dln, build_teacher
+from experiments._methods import build_dln, teacher_arguments
 from experiments._setting import Setting
 from l2t_jax import order
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
 from l2t_jax.losses import build_loss
 from l2t_jax.losses.dln import surface
 from l2t_jax.methods.common import Life
+from l2t_jax.teachers import build_teacher
 from l2t_jax.types import Array, Batch, Loss, Method, MethodState, PyTree, StudentState
 from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll
 
@@ -56,7 +57,8 @@ class Instruments:
         """
         config, student, task = setting.config, setting.student, setting.task
         self._schedule = setting.schedule.of(method)
-        dln, teacher = build_dln(config, setting.dataset.num_classes), build_teacher(config)
+        dln = build_dln(config, setting.dataset.num_classes)
+        teacher = build_teacher(**teacher_arguments(config))
         fixed = build_loss("cross_entropy", setting.dataset.num_classes)
         outer = outer_objective(student, task)
         length = self._schedule.unroll_length

@@ -20,7 +20,7 @@ from l2t_jax.methods.mentornet import mentornet
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.methods.slf import slf
 from l2t_jax.parallel import Layout
-from l2t_jax.teachers import TEACHERS, from_optax, sum_of
+from l2t_jax.teachers import build_teacher, from_optax
 from l2t_jax.training import Schedule
 from l2t_jax.types import Loss, Method, Student, Task, Teacher
 
@@ -62,21 +62,25 @@ class Parts(NamedTuple):
         return {"memory": self.config.memory, "axis_name": self.layout.axis_name, "at_once": self.layout.seeds}
 
 
-def build_teacher(config: Config) -> Teacher:
-    """The teacher of the DLN that the flags describe."""
+def teacher_arguments(config: Config) -> dict[str, Any]:
+    """What the flags say of the teacher of the DLN: arguments of `teachers.build_teacher`."""
     settings = config.settings
-    if config.teacher != "lstm":
-        return TEACHERS[config.teacher](settings.dln_lr)
-    knobs = {name: getattr(settings, name) for name in ("update_sign", "preprocess", "odd", "silent")}
-    lstm = TEACHERS["lstm"](settings.dln_lr, **knobs)
-    return lstm if settings.base == "none" else sum_of(TEACHERS[settings.base](settings.dln_lr), lstm)
+    arguments: dict[str, Any] = {"name": config.teacher, "dln_lr": settings.dln_lr}
+    if config.teacher == "lstm":
+        knobs = ("base", "update_sign", "preprocess", "odd", "silent")
+        arguments |= {name: getattr(settings, name) for name in knobs}
+    return arguments
+
+
+def dln_arguments(config: Config) -> dict[str, Any]:
+    """What the flags say of the DLN: arguments of `losses.dln.dln`."""
+    settings = config.settings
+    return {"form": settings.dln_form} | {name: getattr(settings, name) for name in ("squash", "reduction", "residual")}
 
 
 def build_dln(config: Config, classes: int) -> Loss:
     """The DLN that the flags describe."""
-    settings = config.settings
-    knobs = {name: getattr(settings, name) for name in ("squash", "reduction", "residual")}
-    return build_loss("dln", classes, form=settings.dln_form, **knobs)
+    return build_loss("dln", classes, **dln_arguments(config))
 
 
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
@@ -85,7 +89,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         parts.student,
         parts.task,
         _checked(build_dln(parts.config, parts.classes), "l2t_dln", parts.classes),
-        build_teacher(parts.config),
+        build_teacher(**teacher_arguments(parts.config)),
         parts.optimizer,
         optax.adam(settings.teacher_lr),
         second_stage=settings.second_stage,

@@ -198,12 +198,16 @@ def _train_entry(
 
 def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str, int], PyTree]:
     """The teachers of --teacher_from, by method and seed."""
-    workdir, found = setting.options.teacher_from, {}
-    for entry in entries if workdir is not None else []:
+    source = setting.options.teacher_from
+    found: dict[tuple[str, int], PyTree] = {}
+    if source is None:
+        return found
+    _teachers.check(source, setting.config)
+    for entry in entries:
         if entry.teacher_of is not None:
             state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
             for seed in setting.config.seeds:
-                found[(entry.teacher_of, seed)] = _teachers.load(str(workdir), entry.teacher_of, seed, state.teacher)
+                found[(entry.teacher_of, seed)] = _teachers.load(source, entry.teacher_of, seed, state.teacher)
     return found
 
 

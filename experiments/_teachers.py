@@ -2,53 +2,89 @@
 
 import hashlib
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from experiments._config import UsageError
+from experiments._config import Config, UsageError
+from experiments._methods import dln_arguments, teacher_arguments
+from l2t_jax import teachers
 from l2t_jax.records import load_arrays, save_arrays
+from l2t_jax.teachers.trained import fill
 from l2t_jax.types import PyTree
+
+SHIPPED = "shipped:"  # before the name of a teacher that comes with the package
 
 
 def save(workdir: Path, method: str, seed: int, teacher: PyTree) -> None:
     """Write a trained teacher; one without parameters leaves nothing."""
     if jax.tree.leaves(teacher):
-        path = _path(workdir, method, seed)
+        path = path_of(workdir, method, seed)
         path.parent.mkdir(parents=True, exist_ok=True)
         save_arrays(path, teacher)
 
 
-def load(workdir: str, method: str, seed: int, template: PyTree) -> PyTree:
-    """Read what `save` wrote, in the form of a template of the same names and shapes.
+def load(source: str, method: str, seed: int, template: PyTree) -> PyTree:
+    """Read what `save` wrote, or what is shipped, in the form of a template of the same names and shapes.
 
     Raises:
       UsageError: there is none for this method and seed, it cannot be read, or it does not fit.
     """
-    path = _path(Path(workdir), method, seed)
+    if source.startswith(SHIPPED):
+        try:
+            return teachers.load(source.removeprefix(SHIPPED)).init(jax.random.key(0))
+        except ValueError as error:
+            raise UsageError(f"--teacher_from={source}: {error}") from error
+    path = path_of(Path(source), method, seed)
     try:
         arrays = load_arrays(path)
     except FileNotFoundError:
         there = ", ".join(sorted(p.stem for p in path.parent.glob("*.npz"))) or "none"
-        raise UsageError(f"--teacher_from={workdir} has no {path.stem}.npz in teachers/ (there: {there}).") from None
+        raise UsageError(f"--teacher_from={source} has no {path.stem}.npz in teachers/ (there: {there}).") from None
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"{path} is damaged ({type(error).__name__}): train the teacher again.") from error
-    places = jax.tree_util.tree_leaves_with_path(template)
-    names = [jax.tree_util.keystr(where, simple=True, separator="/") for where, _ in places]
-    for name, (_, leaf) in zip(names, places, strict=True):
-        if name not in arrays or arrays[name].shape != leaf.shape:
-            found = list(arrays[name].shape) if name in arrays else "absent"
-            raise UsageError(
-                f"{path} does not fit this {method}: {name} is {found}, expected {list(leaf.shape)}. A teacher of "
-                "l2t_dlf serves one number of classes; those of l2t_dln and ala serve any."
-            )
-    return jax.tree.unflatten(jax.tree.structure(template), [jnp.asarray(arrays[name]) for name in names])
+    try:
+        return fill(template, arrays)
+    except ValueError as error:
+        raise UsageError(
+            f"{path} does not fit this {method}: {error}. A teacher of l2t_dlf serves one number of classes; those of "
+            "l2t_dln and ala serve any."
+        ) from error
 
 
-def digest(workdir: str, method: str, seed: int) -> str:
+def check(source: str, config: Config) -> None:
+    """Refuse a shipped teacher that is not there, is of another method, or was trained with other settings.
+
+    Raises:
+      UsageError: one of these, and what to do.
+    """
+    if not source.startswith(SHIPPED):
+        return
+    try:
+        about = teachers.card(source.removeprefix(SHIPPED))
+    except ValueError as error:
+        raise UsageError(f"--teacher_from={source}: {error}") from error
+    if others := set(config.methods) & {"l2t_dlf", "ala"}:
+        raise UsageError(f"--teacher_from={source} is of l2t_dln: leave {', '.join(sorted(others))} out of --method.")
+    if config.teacher != about["teacher"]["name"]:
+        raise UsageError(f"--teacher_from={source} is an {about['teacher']['name']}: leave --teacher out.")
+    different: dict[str, Any] = {}
+    for asked, known in ((teacher_arguments(config), about["teacher"]), (dln_arguments(config), about["dln"])):
+        different |= {name: value for name, value in known.items() if asked[name] != value}
+    if different:
+        rows = {"form": "dln_form"}
+        told = ",".join(f"{rows.get(name, name)}={str(value).lower()}" for name, value in different.items())
+        raise UsageError(f"--teacher_from={source} was trained with other settings: add --set={told}.")
+
+
+def digest(source: str, method: str, seed: int) -> str:
     """The hash of a teacher's file, for the record."""
-    return hashlib.sha256(_path(Path(workdir), method, seed).read_bytes()).hexdigest()
+    if source.startswith(SHIPPED):
+        sha: str = teachers.card(source.removeprefix(SHIPPED))["sha256"]
+        return sha
+    return hashlib.sha256(path_of(Path(source), method, seed).read_bytes()).hexdigest()
 
 
-def _path(workdir: Path, method: str, seed: int) -> Path:
+def path_of(workdir: Path, method: str, seed: int) -> Path:
+    """Where a run keeps the teacher that a seed of a method has trained."""
     return workdir / "teachers" / f"{method}_seed_{seed}.npz"

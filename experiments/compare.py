@@ -13,28 +13,23 @@ seed, after its last step.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
-from experiments import _flags, _noise, _table_flag, _tables
+from experiments import _flags, _groups, _noise, _table_flag, _tables
 from experiments._cells import group_of, loader, records_in, run_cell, set_defaults
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
+from experiments._config import Config, Noise, Options
 from experiments._methods import method_names
 from experiments._noise import LABELS
 from experiments._report import plot_curves
 from experiments._setting import enable_compilation_cache
 from experiments._table_flag import table
-from l2t_jax.data import DATASETS
 from l2t_jax.noise import wrong_share
 from l2t_jax.records import Metrics
-from l2t_jax.students import STUDENTS
 
-flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")
-flags.DEFINE_string("students", "mlp,lenet", "One or more, comma separated; takes the place of --student.")
 FLAGS = flags.FLAGS
-for module in (_flags, _noise, _table_flag):
+for module in (_flags, _groups, _noise, _table_flag):
     flags.adopt_module_key_flags(module)
 FEATURED = (  # curves in a picture of all methods, which would be a tangle
     "cross_entropy",
@@ -56,9 +51,7 @@ def main(argv: list[str]) -> None:
 
 def _prepare() -> Noise | None:
     """Defaults of this module where shared flags were not given, and the noise of the table."""
-    for name, instead in (("dataset", "datasets"), ("student", "students")):
-        if FLAGS[name].present:
-            raise UsageError(f"--{name} is one of several here: give --{instead}.")
+    _groups.refuse_single()
     chosen = table(LABELS, "clean")
     set_defaults(method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
@@ -66,11 +59,10 @@ def _prepare() -> Noise | None:
 
 def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then render the table from all records of the directory."""
-    names = {flag: _names(flag, known) for flag, known in (("datasets", DATASETS), ("students", STUDENTS))}
+    groups = _groups.groups(config)
     load = loader(config, options)
     enable_compilation_cache()
     root, code = Path(options.workdir), 0
-    groups = [dataclasses.replace(config, dataset=d, student=s) for d in names["datasets"] for s in names["students"]]
     for group in groups:
         for method in config.methods:
             cell = dataclasses.replace(group, methods=(method,))
@@ -79,14 +71,6 @@ def fill(config: Config, options: Options) -> int:
     _tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
     print(f"Files: {root} (table.md, table.png, records/, plots/)")
     return code
-
-
-def _names(flag: str, known: Any) -> list[str]:
-    text = str(FLAGS[flag].value)
-    names = [_flags.known(flag, name.strip(), known) for name in text.split(",") if name.strip()]
-    if not names or len(set(names)) < len(names):
-        raise UsageError(f"--{flag}={text!r} must name each once, at least one.")
-    return names
 
 
 def _plot(root: Path, config: Config, share: float) -> None:

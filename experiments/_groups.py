@@ -1,0 +1,44 @@
+"""The flags that name several data sets and students, of modules that go over all pairs of them."""
+
+import dataclasses
+from typing import Any
+
+from absl import flags
+
+from experiments import _flags
+from experiments._config import Config, UsageError
+from l2t_jax.data import DATASETS
+from l2t_jax.students import STUDENTS
+
+flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")
+flags.DEFINE_string("students", "mlp,lenet", "One or more, comma separated; takes the place of --student.")
+FLAGS = flags.FLAGS
+
+
+def refuse_single() -> None:
+    """Say so where --dataset or --student was given, which have no meaning here.
+
+    Raises:
+      UsageError: one of them was.
+    """
+    for name in ("dataset", "student"):
+        if FLAGS[name].present:
+            raise UsageError(f"--{name} is one of several here: give --{name}s.")
+
+
+def groups(config: Config) -> list[Config]:
+    """A config for every pair of a data set and a student.
+
+    Raises:
+      UsageError: a name is unknown or given twice, or there is none.
+    """
+    names = [_names(flag, known) for flag, known in (("datasets", DATASETS), ("students", STUDENTS))]
+    return [dataclasses.replace(config, dataset=d, student=s) for d in names[0] for s in names[1]]
+
+
+def _names(flag: str, known: Any) -> list[str]:
+    text = str(FLAGS[flag].value)
+    names = [_flags.known(flag, name.strip(), known) for name in text.split(",") if name.strip()]
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"--{flag}={text!r} must name each once, at least one.")
+    return names
