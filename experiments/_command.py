@@ -36,6 +36,7 @@ def command(
     try:
         config, options = _flags.resolve(experiment, noise())
         parallel.start(options.devices, options.coordinator, options.num_processes, options.process_id)
+        enable_compilation_cache()
         code = work(config, options)
     except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
         fail(str(error))
@@ -51,7 +52,6 @@ def command(
 def run_one(config: Config, options: Options) -> int:
     """Train all methods of a config, as one run in one directory."""
     setting, entries = build_setting(config, options, prepare(config, options))
-    enable_compilation_cache()
     return run_entries(setting, entries)
 
 

@@ -4,12 +4,13 @@ A new method is one file in l2t_jax/methods and one line in METHODS. A loss that
 """
 
 from collections.abc import Callable
+from functools import cache
 from typing import Any, NamedTuple
 
 import optax
 
 from experiments._config import Config, UsageError
-from l2t_jax.losses import LossError, build_loss, check_loss, fixed_losses
+from l2t_jax.losses import LOSSES, LossError, build_loss, check_loss, fixed_losses
 from l2t_jax.methods.ala import ala
 from l2t_jax.methods.common import on_validation, reborn, several
 from l2t_jax.methods.fixed_loss import fixed_loss
@@ -88,7 +89,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
     method = l2t_dln(
         parts.student,
         parts.task,
-        _checked(build_dln(parts.config, parts.classes), "l2t_dln", parts.classes),
+        _sound("l2t_dln", "dln", parts.classes, **dln_arguments(parts.config)),
         build_teacher(**teacher_arguments(parts.config)),
         parts.optimizer,
         optax.adam(settings.teacher_lr),
@@ -110,7 +111,7 @@ def _taught_by(
         method = l2t_dln(
             parts.student,
             parts.task,
-            _checked(build_loss(loss, parts.classes), loss, parts.classes),
+            _sound(loss, loss, parts.classes),
             teacher(),
             parts.optimizer,
             optax.identity(),  # an optax teacher has nothing to learn
@@ -130,7 +131,7 @@ def _single_steps(build: Callable[[Parts], Method]) -> Callable[[Parts, bool], M
 
 def _fixed(name: str) -> Callable[[Parts, bool], Method]:
     def build(parts: Parts, learn: bool) -> Method:
-        loss = _checked(build_loss(name, parts.classes), name, parts.classes)
+        loss = _sound(name, name, parts.classes)
         return fixed_loss(
             parts.student,
             parts.task,
@@ -234,9 +235,16 @@ def build_entries(parts: Parts, elsewhere: bool = False) -> list[Entry]:
     return entries
 
 
-def _checked(loss: Loss, name: str, classes: int) -> Loss:
+def _sound(method: str, name: str, classes: int, **knobs: Any) -> Loss:
+    """A loss by name, tried out before a student is trained with it."""
     try:
-        check_loss(loss, classes, name)
+        return _tried_once(LOSSES.get(name), method, name, classes, tuple(knobs.items()))
     except LossError as error:
         raise UsageError(f"--method: {error}") from error
+
+
+@cache  # the trial compiles derivatives, and a method in two protocols has the same loss twice
+def _tried_once(build: Any, method: str, name: str, classes: int, knobs: tuple[tuple[str, Any], ...]) -> Loss:
+    loss = build_loss(name, classes, **dict(knobs))
+    check_loss(loss, classes, method)
     return loss

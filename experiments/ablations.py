@@ -23,7 +23,7 @@ from experiments._cells import group_of, run_cell
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result, tested_on
-from experiments._setting import build_schedule, enable_compilation_cache
+from experiments._setting import build_schedule
 from experiments._table_flag import table
 from experiments._tables import paired, probability
 from l2t_jax import plots
@@ -84,7 +84,6 @@ def run_ablation(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table and the picture."""
     ablation, root, code = ABLATIONS[FLAGS.table], Path(options.workdir), 0
     load = _cells.loader(config, options)
-    enable_compilation_cache()
     if ablation.setting == "validation_ratio" and load(config.dataset).meta:
         raise UsageError("a meta set kept apart validates, whatever the ratio: give --meta=0 to divide the noisy set.")
     config = dataclasses.replace(config, rounds=build_schedule(config, load(config.dataset)).rounds)

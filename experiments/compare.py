@@ -23,7 +23,6 @@ from experiments._config import Config, Noise, Options
 from experiments._methods import method_names
 from experiments._noise import LABELS
 from experiments._report import plot_curves
-from experiments._setting import enable_compilation_cache
 from experiments._table_flag import table
 from l2t_jax.noise import wrong_share
 from l2t_jax.records import Metrics
@@ -61,7 +60,6 @@ def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then render the table from all records of the directory."""
     groups = _groups.groups(config)
     load = loader(config, options)
-    enable_compilation_cache()
     root, code = Path(options.workdir), 0
     for group in groups:
         for method in config.methods:

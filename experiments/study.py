@@ -25,7 +25,7 @@ from experiments._instruments import HORIZONS, Instruments
 from experiments._methods import Entry
 from experiments._report import curves
 from experiments._run import run_entries
-from experiments._setting import Setting, build_setting, enable_compilation_cache
+from experiments._setting import Setting, build_setting
 from experiments.presets import PRESETS
 from l2t_jax import plots
 from l2t_jax.records import Metrics
@@ -83,7 +83,6 @@ def study(config: Config, options: Options) -> int:
     """Train with every preset, measured, then draw what was seen."""
     names = [_flags.known("presets", name.strip(), PRESETS) for name in FLAGS.presets.split(",") if name.strip()]
     dataset = _cells.loader(config, options)(config.dataset)
-    enable_compilation_cache()
     root, code, rows = Path(options.workdir), 0, []
     for name in names:
         place = dataclasses.replace(options, workdir=str(root / name))

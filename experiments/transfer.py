@@ -22,7 +22,6 @@ from experiments._cells import group_of, run_cell
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result, tested_on
-from experiments._setting import enable_compilation_cache
 from experiments._tables import name_of, paired, probability, setup_of
 
 flags.DEFINE_string("sources", "", "Trained teachers, comma separated: shipped:NAME, or directories of runs.")
@@ -62,7 +61,6 @@ def transfer(config: Config, options: Options) -> int:
         raise UsageError("--sources must name at least one trained teacher, each by another last name.")
     groups, root, code = _groups.groups(config), Path(options.workdir), 0
     load = _cells.loader(config, options)
-    enable_compilation_cache()
     found: dict[str, Rows] = {}
     for group in groups:
         rows: Rows = {}

@@ -21,7 +21,6 @@ from experiments._cells import group_of, records_in, run_cell
 from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result
-from experiments._setting import enable_compilation_cache
 from experiments._tables import name_of, setup_of
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
@@ -48,7 +47,6 @@ def run_grid(config: Config, options: Options) -> int:
     """Run every combination that is not done, then write the table of all records of the directory."""
     grid, code, root = parse_grid(FLAGS.grid), 0, Path(options.workdir)
     load = _cells.loader(config, options)
-    enable_compilation_cache()
     for method, given in itertools.product(config.methods, grid):
         settings = _flags.checked(dataclasses.replace(config.settings, **given))
         cell = dataclasses.replace(config, methods=(method,), settings=settings)

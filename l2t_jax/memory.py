@@ -17,7 +17,7 @@ import logging
 import math
 import os
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import jax
@@ -96,8 +96,13 @@ def auto(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name: s
     """Choose by what each mode would keep, and say so; `at_once` unrolls share a device (vmap, which is not seen)."""
     explained = set()
 
+    @cache  # each mode's step is traced to know it, and a method differentiates two stages of the same shapes
+    def predicted(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, float]:
+        return kept_bytes(inner, optimizer, axis_name, *jax.tree.unflatten(structure, leaves))
+
     def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
-        kept = kept_bytes(inner, optimizer, axis_name, state, loss_params, batches)
+        leaves, structure = jax.tree.flatten((state, loss_params, batches))
+        kept = predicted(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
         available = device_bytes() / at_once
         mode = choose(kept, available)
         sizes = ", ".join(f"{name} {_mib(size)}" for name, size in kept.items())

@@ -20,20 +20,10 @@ from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.parallel import AXIS, ONE, Layout
 from l2t_jax.students import from_linen
-from l2t_jax.types import Teacher
 
 ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64
 CASES = [*((memory, 2) for memory in MEMORY_MODES), ("save", 4)]  # memory mode, devices
 SCHEDULE = training.Schedule(9, N, B, V, 0.5, EXAMPLES, 2)
-
-
-def _teach(tau, memory, hypergradient, loss_params):
-    memory = jax.tree.map(lambda h, d: 0.5 * h + d, memory, hypergradient)
-    return jax.tree.map(lambda h: -jnp.exp(tau["log_rate"]) * h, memory), memory
-
-
-# A learned rate and a memory: all that devices could disturb in a teacher, and compiled sooner than an LSTM.
-TEACHER = Teacher(lambda key: {"log_rate": jnp.array(-2.0)}, lambda phi: jax.tree.map(jnp.zeros_like, phi), _teach)
 
 
 def noisy_gather(data, indices, keys):
@@ -52,7 +42,7 @@ def method(memory, axis_name):
         from_linen(toy.Network(axis_name)),
         toy.task,
         toy.small_loss(),
-        TEACHER,
+        toy.teacher,
         optax.chain(optax.add_decayed_weights(1e-3), optax.sgd(0.1, momentum=0.9)),
         optax.sgd(1.0),
         memory=memory,

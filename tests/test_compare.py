@@ -3,6 +3,8 @@
 import json
 import shutil
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from absl.testing import flagsaver
@@ -10,15 +12,16 @@ from launching import SMALL, launch
 
 from experiments import _flags, _tables, compare, noisy_labels
 from experiments._methods import TAUGHT, method_names
+from experiments._setting import build_setting
 from experiments.published import PUBLISHED, Setup
 from l2t_jax import data
 from l2t_jax.losses import LOSSES
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
-# All but controls and what is of a kind that is there already.
+# All but controls and what is of a kind that is there already; `test_every_name_builds` has all.
 LEFT_OUT = (
     *("label_smoothing", "generalized_cross_entropy", "mae", "sce", "poly", "taylor_ce"),
-    *("bilinear", "meta_only", "ml3", "taylor_glo"),
+    *("bilinear", "meta_only", "l2rw", "mentornet", "mentornet_data_driven", "ml3", "taylor_glo"),
 )
 METHODS = [name for name in method_names() if name not in LEFT_OUT]
 
@@ -53,6 +56,19 @@ def test_every_method_gives_a_record(table):
     assert learned["cross_entropy"] == {"loss": 0, "teacher": 0}
     assert learned["meta_weight_net"]["loss"] == 1 * 100 + 100 + 100 * 1 + 1
     assert not (table / "cells" / "digits_mlp_flip240_l2t_dln" / "checkpoints").exists()
+
+
+def test_every_name_builds():
+    """Each name of --method becomes an entry, and each entry has a state."""
+    names = method_names()
+    with flagsaver.flagsaver():
+        _flags.parse_arguments(["test", "--student=mlp", "--width=8", f"--method={','.join(names)}"])
+        config, options = _flags.resolve("test")
+    _, entries = build_setting(config, options, data.load("digits"))
+    assert [entry.name for entry in entries if entry.teacher_of is None] == names
+    for entry in entries:
+        state = jax.eval_shape(entry.method.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
+        assert jax.tree.leaves(state.student.params)
 
 
 def test_methods_see_the_same_students_and_batches(table):

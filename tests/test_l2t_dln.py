@@ -164,8 +164,8 @@ def test_index_table_of_the_released_preset():
 def test_frozen_teacher_teaches_the_same_and_stays(second_stage):
     """The transfer protocol: the student and phi move as if tau could learn, tau and its Adam do not."""
     b = batches_of(0, STAGES[second_stage])
-    learning, state = build(second_stage, optax.adam(1e-2))
-    frozen, _ = build(second_stage, optax.adam(1e-2), learn=False)
+    learning, state = build(second_stage, optax.adam(1e-2), toy.teacher)
+    frozen, _ = build(second_stage, optax.adam(1e-2), toy.teacher, learn=False)
     moved, _ = jax.jit(learning.round)(state, b)
     stayed, metrics = jax.jit(frozen.round)(state, b)
     chex.assert_trees_all_equal((stayed.teacher, stayed.optimizer_state), (state.teacher, state.optimizer_state))
@@ -176,7 +176,7 @@ def test_frozen_teacher_teaches_the_same_and_stays(second_stage):
 
 def test_memory_is_reset_at_an_epoch_only_if_asked():
     for reset_memory, forgets in (("epoch", True), ("never", False)):
-        method, state = build("restart", reset_memory=reset_memory)
+        method, state = build("restart", teacher=toy.teacher, reset_memory=reset_memory)
         run, b = jax.jit(method.round), batches_of(1, 1)
         state, _ = run(state, batches_of(0, 1))
         forgotten = state._replace(memory=jax.tree.map(jnp.zeros_like, state.memory))
@@ -275,16 +275,17 @@ def test_pull_is_the_slope_of_the_loss_in_use(x64):
 @pytest.mark.parametrize("learn", [True, False])
 def test_an_update_that_hurts_is_not_taken(learn):
     """A teacher that climbs: phi stays, and the student is the one that phi taught. One that descends is followed."""
+    teacher = Teacher(
+        lambda key: {"rate": jnp.array(0.0)},
+        lambda phi: {},
+        lambda tau, h, d, phi: (jax.tree.map(lambda g: -tau["rate"] * g, d), h),
+    )
+    method, state = build("restart", teacher=teacher, accept="not_worse", learn=learn)
+    free, _ = build("restart", teacher=teacher, learn=learn)
+    careful, careless = jax.jit(method.round), jax.jit(free.round)
     for rate, hurts in ((-3.0, True), (0.3, False)):
-        teacher = Teacher(
-            lambda key: {"rate": jnp.array(1.0)},
-            lambda phi: {},
-            lambda tau, h, d, phi, rate=rate: (jax.tree.map(lambda g: -rate * tau["rate"] * g, d), h),
-        )
-        method, state = build("restart", teacher=teacher, accept="not_worse", learn=learn)
-        free, _ = build("restart", teacher=teacher, learn=learn)
-        batches = batches_of(0, 1)
-        (after, metrics), (other, wild) = (jax.jit(m.round)(state, batches) for m in (method, free))
+        state, batches = state._replace(teacher={"rate": jnp.array(rate)}), batches_of(0, 1)
+        (after, metrics), (other, wild) = careful(state, batches), careless(state, batches)
         assert (wild["validation_error"] > wild["validation_error_stage_one"]) == hurts  # or nothing is tested
         if not hurts:
             chex.assert_trees_all_close(after, other, rtol=1e-5, atol=1e-7)  # two programs, rounded differently
@@ -305,7 +306,7 @@ def test_accepting_needs_stages_on_the_same_batches():
 
 def test_a_teacher_of_many_lives():
     """Rounds 2 and 4 begin with fresh students, losses and memories, different ones; the teacher goes on."""
-    method, _ = build("restart", optax.adam(1e-2))
+    method, _ = build("restart", optax.adam(1e-2), toy.teacher)
     many = reborn(method, 2)
     key, inputs = jax.random.key(3), jnp.zeros((6, 5))
     state, alone = many.init(key, inputs), method.init(key, inputs)
