@@ -279,14 +279,20 @@ def test_the_sheet_in_the_docstring_is_the_code():
     for line in presets.__doc__.splitlines():
         if line.startswith("|") and not line.startswith("|--"):
             cells = [cell.strip() for cell in line.strip("|").split("|")]
-            rows[cells[0]] = dict(zip(("paper", "released", "residual"), cells[1:4], strict=True))
+            rows[cells[0]] = dict(zip(("paper", "released", "residual", "stable"), cells[1:5], strict=True))
     for name, preset in PRESETS.items():
         assert rows["unroll length N"][name] == str(preset.unroll_length)
         assert rows["epochs"][name] == str(preset.epochs)
         assert rows["batch, validation batch"][name] == f"{preset.batch_size}, {preset.validation_batch_size}"
         assert float(rows["teacher"][name].split()[1]) == preset.teacher_lr
         assert float(rows["student"][name].split()[1]) == preset.student_lr
-        sign = "added" if preset.update_sign == 1 else "subtracted"
-        assert rows["gamma, step size of the DLN"][name] == f"1e-3, {sign}" and preset.dln_lr == 1e-3
+        gamma, sign = rows["gamma, sign of its step"][name].split(", ")
+        assert float(gamma) == preset.dln_lr and sign == {1: "plus", -1: "minus"}[preset.update_sign]
+        assert rows["its learning rate"][name] == preset.student_schedule
+        assert rows["clip of its gradient"][name] == (
+            f"norm {preset.student_clip:g}" if preset.student_clip else "none"
+        )
+        assert rows["LSTM at the start"][name] == ("silent" if preset.silent else "random")
+        assert rows["added to the LSTM"][name].lower() == preset.base.replace("none", "-")
         assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]
         assert rows["predictions"][name] == preset.squash
