@@ -6,10 +6,10 @@
 Three kinds of labels: right ones, 40 % flips to two classes, 60 % drawn anew; with wrong ones a clean, class-balanced
 meta set is kept apart. L2T-DLN with the preset (default: stable), the LSTM and Adam as teachers, both protocols; cross
 entropy, generalized cross entropy and Meta-Weight-Net beside it; each with the student's learning rate, schedule and
-clipping that were best for it on held-out training examples (TUNED below; experiments.tune), and L2T-DLN also with those
-of the preset. Same student, batches, number of student steps and seeds. A cell that is done is kept. Writes records/ (a
-JSON file a cell) and table.md, with what was promised and whether it held, to --workdir (default
-runs/replication_DATASET). The test set is read once for each seed.
+clipping that were best for it on held-out training examples (TUNED below; experiments.tune), and L2T-DLN also with the
+preset's. Same student, batches, number of student steps and seeds. A cell that is done is kept. Writes records/ (a JSON
+file a cell) and table.md, with what was promised and whether it held, to --workdir (default runs/replication_DATASET).
+The test set is read once for each seed.
 """
 
 import dataclasses

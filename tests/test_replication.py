@@ -1,0 +1,78 @@
+"""The table of L2T-DLN against tuned baselines: what is run, and what is called held or missed."""
+
+import json
+
+import pytest
+from launching import SMALL, launch
+
+from experiments import replication
+from experiments.replication import CE, FROZEN, GCE, LSTM, MWN, TUNED, promises
+
+pytestmark = pytest.mark.usefixtures("small_lstm")
+ADAM = "L2T-DLN, Adam, frozen"
+
+
+def rows(**accuracies):
+    names = {"lstm": LSTM, "frozen": FROZEN, "adam": ADAM, "ce": CE, "gce": GCE, "mwn": MWN}
+    return {
+        names[name]: {"test_accuracy": {"mean": sum(seeds) / len(seeds), "per_seed": seeds}, "failed": []}
+        for name, seeds in accuracies.items()
+    }
+
+
+def missed(labels, found):
+    return [what for what, held in promises(labels, found) if not held]
+
+
+def test_a_single_seed_far_below_breaks_the_promise_on_clean_labels():
+    good = rows(lstm=[0.98, 0.97], frozen=[0.98, 0.97], adam=[0.97, 0.97], ce=[0.97, 0.972])
+    assert missed("clean", good) == []
+    (what,) = missed("clean", rows(lstm=[0.99, 0.968], frozen=[0.98, 0.97], adam=[0.9, 0.9], ce=[0.97, 0.972]))
+    assert what == f"{LSTM}: no seed is more than 0.3 points below cross entropy (-0.40)"
+    level = rows(lstm=[0.97, 0.97], frozen=[0.98, 0.97], adam=[0.9, 0.9], ce=[0.97, 0.97])
+    assert missed("clean", level) == [f"{LSTM}: above cross entropy in the mean (+0.00 from {CE})"]
+
+
+def test_each_bar_on_wrong_labels_is_seen_alone():
+    base = {"lstm": [0.95], "frozen": [0.95], "adam": [0.95], "ce": [0.84], "gce": [0.95], "mwn": [0.95]}
+    assert missed("flips", rows(**base)) == [] == missed("uniform", rows(**base))
+    for name, value, words in (("ce", 0.86, "10 points"), ("gce", 0.951, "generalized"), ("mwn", 0.951, "Meta-Weight")):
+        found = missed("flips", rows(**base | {name: [value]}))
+        assert len(found) == 2 and all(words in what for what in found)
+    assert missed("flips", rows(**base | {"adam": [0.951]})) == [
+        f"{FROZEN}: not below the best optax teacher (-0.10 from {ADAM})"
+    ]
+    assert missed("uniform", rows(**base | {"gce": [0.954]})) == []
+    assert len(missed("uniform", rows(**base | {"mwn": [0.956]}))) == 2
+    stopped = rows(**base)
+    stopped[LSTM]["failed"] = [{"seed": 0, "reason": "x"}]
+    assert "stops early" in missed("uniform", stopped)[0]
+
+
+def test_the_table_is_of_tuned_settings(tmp_path, monkeypatch):
+    monkeypatch.setattr(replication, "LABELS", {"clean": None})
+    workdir = tmp_path / "run"
+    assert launch(replication, *SMALL, "--seeds=2", f"--workdir={workdir}") == 0
+    records = {path.stem: json.loads(path.read_text()) for path in (workdir / "records").iterdir()}
+    as_is = "digits_mlp_lstm_l2t_dln_as the preset is"
+    assert set(records) == {"digits_mlp_lstm_l2t_dln", "digits_mlp_adam_l2t_dln", as_is, f"digits_mlp_{CE}"}
+    for name, record in records.items():
+        settings = record["config"]["settings"]
+        given = settings["student_lr"], settings["student_schedule"], settings["student_clip"]
+        assert given == (TUNED["digits", "clean"][CE] if name != as_is else (0.3, "cosine", 1.0))
+        assert record["preset"] == "stable" and settings["base"] == "adam"
+    table = (workdir / "table.md").read_text()
+    assert "| L2T-DLN, LSTM, frozen (as the preset is) |" in table and "\n- held: " in table
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [
+        ("--method=ala", "leave it out"),
+        ("--dataset=cifar10", "nothing was tuned"),
+        ("--held_out=0.2", "is for choosing"),
+    ],
+)
+def test_what_makes_no_table_is_told(flag, message, capsys):
+    assert launch(replication, *SMALL, flag) == 2
+    assert message in capsys.readouterr().err
