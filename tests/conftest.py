@@ -1,5 +1,6 @@
 """Settings every test shares: compiled programs are kept between runs, and float64 can be switched on."""
 
+import gc
 import importlib
 import os
 from pathlib import Path
@@ -19,6 +20,8 @@ os.environ.setdefault(
 
 import jax
 import pytest
+
+gc.set_threshold(100_000, 20, 100)  # tracing makes many objects, and looking through them often is a tenth of the time
 
 
 @pytest.fixture

@@ -20,8 +20,8 @@ from l2t_jax.losses import LOSSES
 pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but controls and what is of a kind that is there already; `test_every_name_builds` has all.
 LEFT_OUT = (
-    *("label_smoothing", "generalized_cross_entropy", "mae", "sce", "poly", "taylor_ce"),
-    *("bilinear", "meta_only", "l2rw", "mentornet", "mentornet_data_driven", "ml3", "taylor_glo"),
+    *("label_smoothing", "generalized_cross_entropy", "mae", "sce", "poly", "taylor_ce", "smooth_zero_one"),
+    *("bilinear", "meta_only", "slf", "l2rw", "mentornet", "mentornet_data_driven", "ml3", "adalfl", "taylor_glo"),
 )
 METHODS = [name for name in method_names() if name not in LEFT_OUT]
 

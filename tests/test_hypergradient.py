@@ -20,7 +20,6 @@ OURS = ("mixed", "linearize", "nested")  # with a derivative of our own; the oth
 CASES = [(memory, length) for memory in OURS for length in (1, 3, 7)] + [("save", 3), ("remat", 3), ("auto", 3)]
 SGD = optax.chain(optax.add_decayed_weights(DECAY), optax.sgd(ETA, momentum=MU))
 OPTIMIZERS = {
-    "sgd": optax.sgd(ETA),
     "momentum_decay": SGD,
     "nesterov": optax.sgd(ETA, momentum=MU, nesterov=True),
     "adam": optax.adam(0.01, eps_root=1e-8),

@@ -91,7 +91,7 @@ def test_killed_at_random_moments_and_resumed_is_bit_identical(whole, tmp_path):
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_signals_save_and_say_how_to_go_on(whole, tmp_path, number):
+def test_signals_save_and_say_how_to_go_on(tmp_path, number):
     workdir = tmp_path / "run"
     with start(workdir, "--checkpoint_seconds=1000") as process:
         assert wait_for(process, workdir, 3)
@@ -102,9 +102,6 @@ def test_signals_save_and_say_how_to_go_on(whole, tmp_path, number):
     assert f"--workdir={workdir} --resume" in said and "Traceback" not in said
     newest = max(int(p.name) for p in (workdir / "checkpoints/l2t_dln/seed_1").iterdir() if p.name.isdigit())
     assert newest == lines(workdir) < ROUNDS
-    if number == signal.SIGTERM:  # one of the two goes on
-        finish(workdir)
-        assert_same(workdir, whole)
 
 
 def test_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path):
@@ -126,7 +123,7 @@ def test_full_disk_ends_the_run_and_keeps_what_was_saved(tmp_path):
     assert [row["round"] for row in rows] == list(range(rounds))
 
 
-def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, capsys):
+def test_directory_that_becomes_read_only_ends_the_run(tmp_path, monkeypatch, capsys, small_lstm):
     workdir, real = tmp_path / "run", Metrics.append
 
     def append(self, rows):

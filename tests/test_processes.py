@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from launching import launch
 
+from experiments import classification
 from l2t_jax.records import Metrics
 
 ROOT = Path(__file__).parents[1]
@@ -54,8 +56,7 @@ def metrics(workdir):
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("alone") / "run"
-    done = subprocess.run(command(workdir), cwd=ROOT, capture_output=True, text=True, timeout=240)
-    assert done.returncode == 0, done.stderr
+    assert launch(classification, *FLAGS, f"--workdir={workdir}") == 0
     return metrics(workdir)
 
 

@@ -87,7 +87,7 @@ def unroll_lengths(tmp_path_factory):
             "--unroll_length=5",
             "--width=8",
             "--seeds=2",
-            "--set=base=adam,silent=true",
+            "--teacher=sgd",
         )
         assert launch(ablations, *arguments, f"--workdir={workdir}") == 0
     return workdir
