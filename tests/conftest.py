@@ -21,7 +21,7 @@ os.environ.setdefault(
 import jax
 import pytest
 
-gc.set_threshold(100_000, 20, 100)  # tracing makes many objects, and looking through them often is a tenth of the time
+gc.set_threshold(50_000, 10, 10)  # tracing makes many objects, and looking through them often is a tenth of the time
 
 
 @pytest.fixture

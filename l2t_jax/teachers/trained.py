@@ -33,7 +33,10 @@ def card(name: str) -> dict[str, Any]:
       ValueError: there is none of this name.
     """
     if name not in shipped():
-        raise ValueError(f"There is no teacher {name!r}; choose one of {', '.join(shipped())}.")
+        known = ", ".join(shipped())
+        raise ValueError(
+            f"There is no teacher {name!r}; " + (f"choose one of {known}." if known else "none is shipped yet.")
+        )
     found: dict[str, Any] = json.loads((ASSETS / f"{name}.json").read_text())
     return found
 
