@@ -44,6 +44,9 @@ def test_each_bar_on_wrong_labels_is_seen_alone():
     ]
     assert missed("uniform", rows(**base | {"gce": [0.954]})) == []
     assert len(missed("uniform", rows(**base | {"mwn": [0.956]}))) == 2
+    level = rows(**base)
+    level[ADAM]["test_accuracy"]["mean"] += 2e-8  # the same accuracies, rounded to float32
+    assert missed("uniform", level) == []
     stopped = rows(**base)
     stopped[LSTM]["failed"] = [{"seed": 0, "reason": "x"}]
     assert "stops early" in missed("uniform", stopped)[0]
