@@ -10,6 +10,7 @@ from typing import Any
 
 from absl import flags
 
+from experiments import _teachers
 from experiments._config import Config, Options, UsageError
 from experiments._data import prepare
 from experiments._report import percent
@@ -59,7 +60,7 @@ def run_cell(name: str, label: str, config: Config, options: Options, load: Call
     root = Path(options.workdir)
     record, cell = root / "records" / f"{name}.json", root / "cells" / name
     if record.exists():
-        _same(record, config)
+        _same(record, config, options.teacher_from)
         return 0
     setting, entries = build_setting(
         config, dataclasses.replace(options, workdir=str(cell), resume=True), load(config.dataset)
@@ -86,7 +87,7 @@ def records_in(root: Path) -> list[dict[str, Any]]:
     return [json.loads(path.read_text()) for path in sorted((root / "records").glob("*.json"))]
 
 
-def _same(record: Path, config: Config) -> None:
+def _same(record: Path, config: Config, source: str | None) -> None:
     there = _complete(json.loads(record.read_text())["config"])
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     if different := [name for name, value in asked.items() if name != "rounds" and there.get(name) != value]:
@@ -94,10 +95,19 @@ def _same(record: Path, config: Config) -> None:
             f"{record} is of another run ({', '.join(different)} differ): choose another --workdir, or remove it to "
             "run the cell anew."
         )
+    taught = there["taught_by"] if source else {}
+    if source and any(_teachers.digest(source, *_method_and_seed(pair)) != sha for pair, sha in taught.items()):
+        raise WorkdirError(f"{record} is of other teachers than {source} has: choose another --workdir, or remove it.")
     if config.rounds not in (None, there["rounds"]):
         raise WorkdirError(
             f"{record} is of {there['rounds']} rounds, not {config.rounds}: choose another --workdir, or remove it."
         )
+
+
+def _method_and_seed(pair: str) -> tuple[str, int]:
+    """Of a key of a record's "taught_by"."""
+    method, _, seed = pair.partition(", seed ")
+    return method, int(seed)
 
 
 def _complete(config: dict[str, Any]) -> dict[str, Any]:

@@ -78,11 +78,12 @@ def check(source: str, config: Config) -> None:
 
 
 def digest(source: str, method: str, seed: int) -> str:
-    """The hash of a teacher's file, for the record."""
+    """The hash of a teacher's file, for the record; empty where there is none."""
     if source.startswith(SHIPPED):
         sha: str = teachers.card(source.removeprefix(SHIPPED))["sha256"]
         return sha
-    return hashlib.sha256(path_of(Path(source), method, seed).read_bytes()).hexdigest()
+    path = path_of(Path(source), method, seed)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if path.exists() else ""
 
 
 def path_of(workdir: Path, method: str, seed: int) -> Path:

@@ -1,12 +1,16 @@
 """The table of trained teachers where they were not trained."""
 
-import dataclasses
+import hashlib
 import json
+from pathlib import Path
 
 import pytest
-from launching import SMALL, launch
+from launching import SMALL, launch, write_record
 
-from experiments import transfer
+from experiments import _cells, _teachers, transfer
+from experiments._config import Config
+from experiments.presets import Preset
+from l2t_jax.records import WorkdirError
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 FEW = (*SMALL, "--seeds=2")
@@ -19,19 +23,11 @@ def test_table_has_the_sources_beside_what_is_trained_here(tmp_path, monkeypatch
     def run_cell(name, label, config, options, load):
         asked[name] = config.methods, config.teacher, options.teacher_from
         values = [0.9, 0.8] if options.teacher_from is None else [0.95, 0.86]
-        row = {"failed": [], "student_steps": 50}
-        row["test_accuracy"] = {"mean": sum(values) / 2, "std": 0.07, "per_seed": values}
         names = ["l2t_dln", "l2t_dln_transfer"] if config.methods == ("l2t_dln",) else config.methods
-        record = {
-            "methods": dict.fromkeys(names if options.teacher_from is None else names[1:], row),
-            "config": json.loads(json.dumps(dataclasses.asdict(config))),
-            "seeds": list(config.seeds),
-            **{"dataset": config.dataset, "student": config.student, "preset": config.preset},
-        }
-        (tmp_path / "records").mkdir(exist_ok=True)
-        (tmp_path / "records" / f"{name}.json").write_text(json.dumps(record))
+        write_record(tmp_path, name, config, values, names if options.teacher_from is None else names[1:])
         return 0
 
+    (tmp_path / "records").mkdir()
     monkeypatch.setattr(transfer, "run_cell", run_cell)
     sources = ("shipped:mine", "runs/other")
     arguments = (*FEW, "--students=mlp,lenet", f"--sources={','.join(sources)}", f"--workdir={tmp_path}")
@@ -52,6 +48,26 @@ def test_table_has_the_sources_beside_what_is_trained_here(tmp_path, monkeypatch
     assert list(rows)[2:] == [*names, *(f"{source}, frozen" for source in sources)]
     accuracy, less_base, p, less_here, *_ = (cell.strip() for cell in rows["runs/other, frozen"])
     assert (accuracy, less_base, less_here) == ("90.50 ± 7.00", "+5.50", "+5.50") and 0.04 < float(p) < 0.07
+
+
+def test_a_cell_of_other_teachers_is_not_taken_for_done(tmp_path):
+    """Of two directories with one last name, the record of the first is not that of the second."""
+    config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "stable", "lstm", 2, "auto", (0,), Preset())
+    (tmp_path / "records").mkdir()
+    write_record(tmp_path, "cell", config, [0.9], ["l2t_dln_transfer"])
+    record = tmp_path / "records" / "cell.json"
+    found = json.loads(record.read_text())
+    found["config"]["taught_by"] = {"l2t_dln, seed 0": hashlib.sha256(b"one").hexdigest()}
+    record.write_text(json.dumps(found))
+    with pytest.raises(WorkdirError, match="is of other teachers than"):
+        _cells._same(record, config, str(tmp_path / "nowhere"))
+    for name in ("one", "two"):
+        path = _teachers.path_of(Path(tmp_path / name), "l2t_dln", 0)
+        path.parent.mkdir(parents=True)
+        path.write_bytes(name.encode())
+    _cells._same(record, config, str(tmp_path / "one"))
+    with pytest.raises(WorkdirError, match="is of other teachers than"):
+        _cells._same(record, config, str(tmp_path / "two"))
 
 
 @pytest.mark.parametrize(
