@@ -1,4 +1,4 @@
-"""Does learning to teach pay? L2T-DLN against losses and weights that were tuned as long as it was.
+"""Does learning to teach pay? L2T-DLN against tuned losses and weights.
 
   python -m experiments.replication --dataset=digits --rounds=140
   python -m experiments.replication --dataset=mnist --data_dir=DIR --rounds=200
