@@ -329,8 +329,8 @@ def checked(settings: Preset) -> Preset:
         raise UsageError(f"--set: student_clip={settings.student_clip} must be a norm, or 0 for none.")
     if settings.preprocess is not None and not 0 < settings.preprocess < float("inf"):
         raise UsageError(f"--set: preprocess={settings.preprocess} must be a positive number, or none.")
-    if settings.life < 0:
-        raise UsageError(f"--set: life={settings.life} must be a number of rounds, or 0 for that of the run.")
+    if settings.lives < 1:
+        raise UsageError(f"--set: lives={settings.lives} must be at least 1.")
     if not 0 < settings.validation_ratio < 1:
         raise UsageError(f"--validation_ratio={settings.validation_ratio} must lie between 0 and 1, both excluded.")
     for name in ("student_lr", "dln_lr", "teacher_lr"):

@@ -29,11 +29,12 @@ DLF_TEACHER_LR = 0.01  # the demo's
 
 
 class Entry(NamedTuple):
-    """A row of the table: a method, and whose trained teacher it takes over, if any."""
+    """A row of the table: a method, whose trained teacher it takes over, if any, and how many students it trains."""
 
     name: str
     method: Method
     teacher_of: str | None = None
+    lives: int = 1  # of so many rounds as the run has for every student; the last one is judged
 
 
 class Parts(NamedTuple):
@@ -99,7 +100,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         learn=learn,
         **parts.shared,
     )
-    return reborn(method, settings.life) if settings.life and learn else method
+    return reborn(method, parts.schedule.rounds) if settings.lives > 1 and learn else method
 
 
 def _taught_by(
@@ -227,7 +228,8 @@ def build_entries(parts: Parts, elsewhere: bool = False) -> list[Entry]:
         try:
             build = METHODS[name] if name in METHODS else _fixed(name)
             if name not in TAUGHT or not elsewhere:
-                entries.append(Entry(name, build(parts, True)))
+                lives = parts.config.settings.lives if name == "l2t_dln" else 1
+                entries.append(Entry(name, build(parts, True), lives=lives))
             if name in TAUGHT:
                 entries.append(Entry(f"{name}_transfer", build(parts, False), name))
         except ValueError as error:

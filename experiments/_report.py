@@ -63,7 +63,7 @@ def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict
             "test_accuracy": statistics([_test_accuracy(setting, outcome, test) for _, outcome in results]),
             "student_steps": schedule.rounds * schedule.of(entry.method).unroll_length * entry.method.steps_per_round,
             "learned_parameters": _learned(setting, entry),
-            "rounds": schedule.rounds,
+            "rounds": setting.rounds_of(entry),
             "wall_time_s": sum(outcome.wall_time_s for _, outcome in results if isinstance(outcome, Outcome)),
             "failed": [{"seed": seed, "reason": why} for seed, outcome in results if (why := reason(outcome))],
         }
@@ -173,8 +173,10 @@ def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
 
 def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> None:
     surfaces: list[tuple[str, Any]] = []
-    for path in sorted(snapshots.glob("round_*.npz")):
-        done = int(path.stem.removeprefix("round_"))
+    paths = {int(path.stem.removeprefix("round_")): path for path in sorted(snapshots.glob("round_*.npz"))}
+    before = max(paths, default=0) // config["rounds"] - 1  # lives that ended before the one that is shown
+    for moment, path in paths.items():
+        done = moment - max(before, 0) * config["rounds"] if moment else 0
         percentage = f"{100 * done / config['rounds']:.0f} % (round {done})"
         share = {0: "start", config["rounds"]: "end"}.get(done, percentage)
         arrays = load_arrays(path)

@@ -109,10 +109,10 @@ def run_entries(
         },
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume))
-    pairs = [(entry.name, seed) for entry in entries for seed in config.seeds]
+    rounds = {(entry.name, seed): setting.rounds_of(entry) for entry in entries for seed in config.seeds}
     outcomes: Outcomes = {}
     at_once = min(setting.layout.runs, len(config.seeds))
-    progress = RunProgress(pairs, setting.schedule.rounds, at_once=at_once, quiet=directory is None)
+    progress = RunProgress(rounds, at_once=at_once, quiet=directory is None)
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
@@ -162,7 +162,7 @@ def _train_entry(
     dataset = setting.dataset
     program = compile_rounds(entry.method, setting.task, dataset.augment, setting.layout)
     data = program.data(dataset.training)
-    schedule = setting.schedule.of(entry.method)
+    schedule = dataclasses.replace(setting.schedule.of(entry.method), rounds=setting.rounds_of(entry))
     outcomes: Outcomes = {}
     ready = []
     for seed in setting.config.seeds:
@@ -178,7 +178,7 @@ def _train_entry(
     for first in range(0, len(ready), setting.layout.runs):
         members = ready[first : first + setting.layout.runs]
         runs = [
-            _run(setting, entry.name, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
+            _run(setting, entry, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
             for seed, teacher in members
         ]
         trained = train(runs, schedule, program, data, stop)
@@ -220,7 +220,7 @@ def _initial(setting: Setting, entry: Entry, seed: int, teacher: PyTree | None) 
 
 def _run(
     setting: Setting,
-    name: str,
+    entry: Entry,
     seed: int,
     state: MethodState,
     directory: RunDirectory | None,
@@ -228,8 +228,9 @@ def _run(
     instrument: Instrument | None,
 ) -> Run:
     """One run and where it is kept: nowhere in a process that is not the leader."""
-    rounds = setting.schedule.rounds
-    moments = {0, rounds // 5, rounds // 2, rounds}  # as in Figure 3: start, 20 %, 50 %, end
+    name, rounds, life = entry.name, setting.rounds_of(entry), setting.schedule.rounds
+    # As in Figure 3: start, 20 %, 50 %, end; of several lives those of the last.
+    moments = {0, *(rounds - life + done for done in (life // 5, life // 2, life))}
     observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if instrument else set()
 
     def snapshot(done: int, state: MethodState) -> None:

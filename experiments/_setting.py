@@ -40,6 +40,10 @@ class Setting(NamedTuple):
     layout: Layout
     optimizer: optax.GradientTransformation  # the student's
 
+    def rounds_of(self, entry: Entry) -> int:
+        """Rounds of a run of this entry, over all its students' lives."""
+        return self.schedule.rounds * entry.lives
+
 
 def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[Setting, list[Entry]]:
     """All that the flags describe, checked as far as it can be before anything is computed.

@@ -4,6 +4,7 @@
   python -m experiments.ablations --table=5     unroll length (Table 5), at equal rounds and at equal student steps
   python -m experiments.ablations --table=6     the optimizer of the DLN (Table 6)
   python -m experiments.ablations --table=lr    wrong learning rates of the student, which the paper announces
+  python -m experiments.ablations --table=options    what each option of the preset stable is worth, one at a time
   python -m experiments.ablations --table=5 --dataset=cifar10 --data_dir=DIR --student=resnet8 --rounds=2500
 
 Table 5 of the paper keeps the number of rounds, so that a longer unroll is also a longer training; both are run here.
@@ -35,12 +36,13 @@ ROWS = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")
 class Ablation(NamedTuple):
     """One table."""
 
-    setting: str  # a field of `Preset`, or teacher
+    setting: str  # a field of `Preset`, teacher, or option, whose values are NAME=VALUE
     values: tuple[Any, ...]
     published: dict[Any, float]  # %, of L2T-DLN with ResNet-8 on CIFAR-10
     equal: tuple[str, ...] = ("rounds",)  # what is the same at all values: rounds, (student) steps
 
 
+AS_IT_IS = "as it is"
 ABLATIONS = {
     "4": Ablation(
         "validation_ratio", (0.1, 0.25, 0.5, 0.75, 0.9), {0.1: 90.41, 0.25: 90.53, 0.5: 90.70, 0.75: 90.68, 0.9: 90.35}
@@ -58,6 +60,29 @@ ABLATIONS = {
         {"lstm": 90.70, "adam": 90.22, "sgd": 89.10, "rmsprop": 90.17},
     ),
     "lr": Ablation("student_lr", (0.001, 0.01, 0.03, 0.1, 0.3, 1.0), {}),
+    "options": Ablation(  # of the preset `stable`, one at a time as elsewhere, and others that were not taken
+        "option",
+        (
+            AS_IT_IS,
+            "residual=false",
+            "squash=sigmoid",
+            "squash=log_softmax",
+            "student_schedule=constant",
+            "student_clip=0",
+            "dln_lr=0.001",
+            "dln_lr=0.1",
+            "base=none",
+            "base=rmsprop",
+            "silent=false",
+            "odd=true",
+            "teacher_lr=0.001",
+            "accept=not_worse",
+            "second_stage=continue",
+            "reset_memory=epoch",
+            "validation_batch_size=25",
+        ),
+        {},
+    ),
 }
 
 Records = dict[tuple[str, Any], dict[str, Any]]  # (what is equal, value) -> record
@@ -77,6 +102,8 @@ def _prepare() -> Noise | None:
     if FLAGS["method"].present:
         raise UsageError(f"--method is {' and '.join(METHODS)} here, which are compared: leave it out.")
     _cells.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
+    if chosen == "options":
+        _cells.set_defaults(preset="stable")
     return _labels.noise()
 
 
@@ -106,7 +133,10 @@ def varied(config: Config, ablation: Ablation, equal: str, value: Any) -> Config
     if ablation.setting == "teacher":
         return dataclasses.replace(config, teacher=value)
     assert config.rounds is not None
-    settings = _flags.checked(dataclasses.replace(config.settings, **{ablation.setting: value}))
+    given = {ablation.setting: value}
+    if ablation.setting == "option":
+        given = {} if value == AS_IT_IS else _flags.parse_settings("table", value)
+    settings = _flags.checked(dataclasses.replace(config.settings, **given))
     steps = config.rounds * config.settings.unroll_length
     rounds = config.rounds if equal == "rounds" else max(1, round(steps / settings.unroll_length))
     return dataclasses.replace(config, settings=settings, rounds=rounds)

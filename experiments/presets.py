@@ -25,7 +25,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | LSTM at the start       | random         | random         | random             | silent         | code          |
 | added to the LSTM       | -              | -              | -                  | Adam           | Eq. 3; code   |
 | DLN updates taken       | all            | all            | all                | all            | Eq. 3; code   |
-| rounds of a life        | the run's      | the run's      | the run's          | the run's      | Alg. 1; code  |
+| lives of the student    | 1              | 1              | 1                  | 1              | Alg. 1; code  |
 | LSTM memory             | never cleared  | never cleared  | never cleared      | never cleared  | code          |
 """
 
@@ -36,7 +36,8 @@ import dataclasses
 class Preset:
     """One column of the sheet.
 
-    Sizes in examples, lengths in student steps, lives in rounds; an epoch is a pass over the validation data.
+    Sizes in examples, lengths in student steps, lives in runs of a student, the last of which is judged; an epoch is a
+    pass over the validation data.
     """
 
     epochs: int = 10
@@ -60,7 +61,7 @@ class Preset:
     silent: bool = False
     base: str = "none"
     accept: str = "always"
-    life: int = 0
+    lives: int = 1
     reset_memory: str = "never"
 
 

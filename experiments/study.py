@@ -102,7 +102,7 @@ def _with_preset(config: Config, name: str) -> Config:
 
 
 def _instruments(setting: Setting, entry: Entry) -> Instruments:
-    rounds = setting.schedule.rounds
+    rounds = setting.rounds_of(entry)
     moments = {0, rounds // 10, rounds // 4, rounds // 2, rounds} if FLAGS.curvature else set()
     return Instruments(setting, entry.method, frozenset(moments))
 

@@ -190,6 +190,10 @@ def ablation(
     if not named and min(places.values()) > 0 and max(places.values()) > 10 * min(places.values()):
         axes.set_xscale("log")
     axes.set_xticks(list(places.values()), [f"{value:g}" if not named else value for value in values])
+    if named and sum(map(len, map(str, values))) > 60:  # side by side they would overlap
+        axes.tick_params("x", labelrotation=40)
+        for label in axes.get_xticklabels():
+            label.set(horizontalalignment="right", rotation_mode="anchor")
     axes.minorticks_off()
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _frame(axes)

@@ -13,10 +13,10 @@ SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
 class RunProgress:
     """Rounds done over all runs of an experiment, with the time left at each method's own measured speed."""
 
-    def __init__(self, runs: list[tuple[str, int]], rounds: int, *, at_once: int = 1, quiet: bool = False) -> None:
-        """Take the (method, seed) pairs in the order in which they will run, how many at once, the rounds of each."""
+    def __init__(self, rounds: dict[tuple[str, int], int], *, at_once: int = 1, quiet: bool = False) -> None:
+        """Take the rounds of each (method, seed), in the order in which they will run, and how many run at once."""
         self.console = Console(stderr=True, quiet=quiet)
-        self._done = dict.fromkeys(runs, 0)
+        self._done = dict.fromkeys(rounds, 0)
         self._rounds = rounds
         self._at_once = at_once
         self._seconds_per_round: dict[str, float] = {}
@@ -27,7 +27,7 @@ class RunProgress:
         self._bar = (
             Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() and not quiet else None
         )
-        self._task = self._bar.add_task("", total=rounds * len(runs), note="compiling") if self._bar else None
+        self._task = self._bar.add_task("", total=sum(rounds.values()), note="compiling") if self._bar else None
 
     def __enter__(self) -> "RunProgress":
         """Show the bar."""
@@ -53,11 +53,11 @@ class RunProgress:
         self._marks[run] = (now, done)
         self._done[run] = done
         shown = "compiling" if error is None else f"error {error:.3f}"  # short, so that 80 columns hold it all
-        note = f"round {done}/{self._rounds} {shown} {self._left()}"
+        note = f"round {done}/{self._rounds[run]} {shown} {self._left()}"
         label = f"{method} seed {seed} ({list(self._done).index(run) + 1} of {len(self._done)})"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=sum(self._done.values()), description=label, note=note)
-        elif done == self._rounds or now - self._printed >= SECONDS_BETWEEN_LINES:
+        elif done == self._rounds[run] or now - self._printed >= SECONDS_BETWEEN_LINES:
             self.line(f"{label}: {note}")
             self._printed = now
 
@@ -67,15 +67,15 @@ class RunProgress:
 
     def end(self, method: str, seed: int) -> None:
         """Note that a run has ended, early or not."""
-        self._done[(method, seed)] = self._rounds
+        self._done[(method, seed)] = self._rounds[(method, seed)]
 
     def _left(self) -> str:
         if not self._seconds_per_round:
             return ""
         slowest = max(self._seconds_per_round.values())  # of methods not met yet nothing is known: expect the worst
         left = sum(
-            (self._rounds - done) * self._seconds_per_round.get(method, slowest)
-            for (method, _), done in self._done.items()
+            (self._rounds[run] - done) * self._seconds_per_round.get(run[0], slowest)
+            for run, done in self._done.items()
         )
         left /= self._at_once
         return f"{int(left // 60)}:{int(left % 60):02d} left"

@@ -17,7 +17,7 @@ def clock(monkeypatch):
 
 
 def test_time_left_counts_each_method_at_its_own_speed(clock):
-    with RunProgress(RUNS, rounds=10) as shown:
+    with RunProgress(dict.fromkeys(RUNS, 10)) as shown:
         shown.update("slow", 0, 0, None)
         clock[0] = 60.0
         shown.update("slow", 0, 1, 0.5)
@@ -36,7 +36,7 @@ def test_time_left_counts_each_method_at_its_own_speed(clock):
 
 
 def test_plain_lines_without_a_terminal(clock, capsys):
-    with RunProgress(RUNS, rounds=3) as shown:
+    with RunProgress(dict.fromkeys(RUNS, 3)) as shown:
         shown.update("slow", 1, 1, 0.25)
         assert capsys.readouterr().err == ""  # not every round
         clock[0] = progress_lib.SECONDS_BETWEEN_LINES

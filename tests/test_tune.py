@@ -1,5 +1,6 @@
 """`experiments.tune` and `experiments.ablations` as a user meets them."""
 
+import dataclasses
 import json
 
 import jax.numpy as jnp
@@ -8,9 +9,9 @@ import pytest
 from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
-from experiments._config import UsageError
+from experiments._config import Config, UsageError
 from experiments._setting import build_optimizer
-from experiments.presets import Preset
+from experiments.presets import PRESETS, Preset
 from l2t_jax import data
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
@@ -109,6 +110,19 @@ def test_an_ablation_holds_rounds_equal_or_steps(unroll_lengths):
     assert "## At equal rounds" in text and "## At equal steps" in text
     assert [line.split(" | ")[-1] for line in text.splitlines() if line.startswith("| 5 ")] == ["87.07 |"] * 2
     assert all((unroll_lengths / f"equal_{equal}.png").stat().st_size > 10_000 for equal in ("rounds", "steps"))
+
+
+def test_an_option_is_changed_alone():
+    config = Config(
+        "digits", "mlp", None, "a", 1, ablations.METHODS, "stable", "lstm", 2, "auto", (0,), PRESETS["stable"]
+    )
+    options = ablations.ABLATIONS["options"]
+    cells = [ablations.varied(config, options, "rounds", value) for value in options.values]
+    assert cells[0] == config
+    for value, cell in zip(options.values[1:], cells[1:], strict=True):
+        name, _, text = value.partition("=")
+        settings = dataclasses.replace(config.settings, **{name: _flags.parse_value("set", name, text)})
+        assert settings != config.settings and cell == dataclasses.replace(config, settings=settings)
 
 
 def test_the_learning_rate_falls_and_long_gradients_are_clipped():
