@@ -329,6 +329,8 @@ def checked(settings: Preset) -> Preset:
         raise UsageError(f"--set: student_clip={settings.student_clip} must be a norm, or 0 for none.")
     if settings.preprocess is not None and not 0 < settings.preprocess < float("inf"):
         raise UsageError(f"--set: preprocess={settings.preprocess} must be a positive number, or none.")
+    if settings.window < 0:
+        raise UsageError(f"--set: window={settings.window} must be a number of rounds, or 0 to clear no memory.")
     if settings.lives < 1:
         raise UsageError(f"--set: lives={settings.lives} must be at least 1.")
     if not 0 < settings.validation_ratio < 1:

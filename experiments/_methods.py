@@ -69,7 +69,7 @@ def teacher_arguments(config: Config) -> dict[str, Any]:
     settings = config.settings
     arguments: dict[str, Any] = {"name": config.teacher, "dln_lr": settings.dln_lr}
     if config.teacher == "lstm":
-        knobs = ("base", "update_sign", "preprocess", "odd", "silent")
+        knobs = ("base", "update_sign", "preprocess", "odd", "silent", "window")
         arguments |= {name: getattr(settings, name) for name in knobs}
     return arguments
 

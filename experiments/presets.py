@@ -27,6 +27,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | DLN updates taken       | all            | all            | all                | all            | Eq. 3; code   |
 | lives of the student    | 1              | 1              | 1                  | 1              | Alg. 1; code  |
 | LSTM memory             | never cleared  | never cleared  | never cleared      | never cleared  | code          |
+| cleared after rounds    | never          | never          | never              | never          | code          |
 """
 
 import dataclasses
@@ -63,6 +64,7 @@ class Preset:
     accept: str = "always"
     lives: int = 1
     reset_memory: str = "never"
+    window: int = 0
 
 
 PAPER = Preset()

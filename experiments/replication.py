@@ -35,28 +35,29 @@ LABELS = {  # name: noise
 }
 CE, GCE, MWN, DLN = "cross_entropy", "generalized_cross_entropy", "meta_weight_net", "l2t_dln"
 Tuned = tuple[float, str, float]  # student_lr, student_schedule, student_clip
-TUNED: dict[tuple[str, str], dict[str, Tuned]] = {  # (data set, labels) -> method -> the best by held-out accuracy
-    ("digits", "clean"): {DLN: (0.3, "cosine", 0.3), CE: (0.3, "cosine", 0.3)},
-    ("digits", "flips"): {
+# (data set, student, labels) -> method -> the best by held-out accuracy
+TUNED: dict[tuple[str, str, str], dict[str, Tuned]] = {
+    ("digits", "mlp", "clean"): {DLN: (0.3, "cosine", 0.3), CE: (0.3, "cosine", 0.3)},
+    ("digits", "mlp", "flips"): {
         DLN: (0.1, "cosine", 0.3),
         CE: (0.03, "cosine", 0.3),
         GCE: (0.03, "cosine", 0.3),
         MWN: (0.1, "constant", 0.0),
     },
-    ("digits", "uniform"): {
+    ("digits", "mlp", "uniform"): {
         DLN: (0.1, "cosine", 0.3),
         CE: (0.03, "cosine", 0.3),
         GCE: (0.03, "cosine", 0.3),
         MWN: (0.3, "constant", 0.3),
     },
-    ("mnist", "clean"): {DLN: (0.3, "cosine", 1.0), CE: (0.3, "cosine", 1.0)},
-    ("mnist", "flips"): {
+    ("mnist", "mlp", "clean"): {DLN: (0.3, "cosine", 1.0), CE: (0.3, "cosine", 1.0)},
+    ("mnist", "mlp", "flips"): {
         DLN: (0.3, "cosine", 1.0),
         CE: (0.1, "cosine", 0.0),
         GCE: (0.3, "cosine", 0.0),
         MWN: (0.3, "constant", 0.0),
     },
-    ("mnist", "uniform"): {
+    ("mnist", "mlp", "uniform"): {
         DLN: (0.3, "cosine", 1.0),
         CE: (0.1, "cosine", 0.0),
         GCE: (0.3, "cosine", 0.0),
@@ -79,9 +80,9 @@ def _prepare() -> None:
             raise UsageError(f"--{name} is what the table goes over: leave it out.")
     if FLAGS.held_out:
         raise UsageError("--held_out is for choosing: use experiments.tune.")
-    known = sorted({dataset for dataset, _ in TUNED})
-    if FLAGS.dataset not in known:
-        raise UsageError(f"--dataset={FLAGS.dataset}: nothing was tuned for it; choose one of {', '.join(known)}.")
+    known = {f"--dataset={dataset} --student={student}": None for dataset, student, _ in TUNED}
+    if (asked := f"--dataset={FLAGS.dataset} --student={FLAGS.student}") not in known:
+        raise UsageError(f"{asked}: nothing was tuned for it; choose one of {', '.join(known)}.")
     _cells.set_defaults(seeds="5", preset="stable", workdir=f"runs/replication_{FLAGS.dataset}")
 
 
@@ -89,8 +90,10 @@ def replicate(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table."""
     root, code = Path(options.workdir), 0
     found: dict[str, tuple[str, Rows, dict[str, Any]]] = {}
-    for labels, noise in LABELS.items():
-        group = dataclasses.replace(config, noise=noise)
+    for labels in (
+        labels for dataset, student, labels in TUNED if (dataset, student) == (config.dataset, config.student)
+    ):
+        group = dataclasses.replace(config, noise=LABELS[labels])
         load = _cells.loader(group, options)
         rows: Rows = {}
         for variant, method, cell in cells(group, labels):
@@ -113,7 +116,7 @@ def replicate(config: Config, options: Options) -> int:
 def cells(group: Config, labels: str) -> list[tuple[str, str, Config]]:
     """All runs of a kind of labels: (what is special, method, config)."""
     found = []
-    for method, values in TUNED[group.dataset, labels].items():
+    for method, values in TUNED[group.dataset, group.student, labels].items():
         tuned: dict[str, Any] = dict(zip(("student_lr", "student_schedule", "student_clip"), values, strict=True))
         settings = dataclasses.replace(group.settings, **tuned)
         for teacher in ("lstm", "adam") if method == DLN else ("lstm",):

@@ -13,7 +13,7 @@ of the test set, which is not read. At 5 moments the most negative curvature of 
 
 import dataclasses
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from absl import flags
@@ -39,27 +39,42 @@ for module in (_labels, _flags, _noise):
     flags.adopt_module_key_flags(module)
 
 Rows = list[dict[str, Any]]
-PICTURES = {  # file: (what it shows, logarithmic, names of rows and what they are)
-    "range": ("value of the DLN", False, {"dln_low": "lowest", "dln_high": "highest"}),
-    "push": ("mean derivative of the loss by logits", False, {"push_right": "right class", "push_wrong": "wrong ones"}),
-    "step_ratio": ("student step, in those of cross entropy", True, {"step_ratio": ""}),
-    "step_cosine": ("cosine of the student step with cross entropy's", False, {"step_cosine": ""}),
-    "hypergradient": ("norm of the hypergradient", True, {"hypergradient": ""}),
-    "update": ("root mean square of the teacher's update / gamma", True, {"update_norm": ""}),
-    "offset": ("|mean| / root mean square of the update", False, {"update_offset": ""}),
-    "agreement": ("share of the update that descends", False, {"agreement": ""}),
-    "gain": (
+
+
+class Picture(NamedTuple):
+    """What one picture shows."""
+
+    label: str
+    rows: dict[str, str]  # name in observations.jsonl -> what it is, in the legend
+    log_y: bool = True
+    linear_within: float | None = None  # see `plots.learning_curves`
+
+
+PICTURES = {  # by file
+    "range": Picture("value of the DLN", {"dln_low": "lowest", "dln_high": "highest"}, linear_within=0.1),
+    "push": Picture(
+        "mean derivative of the loss by logits",
+        {"push_right": "right class", "push_wrong": "wrong ones"},
+        linear_within=0.01,
+    ),
+    "step_ratio": Picture("student step, in those of cross entropy", {"step_ratio": ""}),
+    "step_cosine": Picture("cosine of the student step with cross entropy's", {"step_cosine": ""}, log_y=False),
+    "hypergradient": Picture("norm of the hypergradient", {"hypergradient": ""}),
+    "update": Picture("root mean square of the teacher's update / gamma", {"update_norm": ""}),
+    "offset": Picture("|mean| / root mean square of the update", {"update_offset": ""}, log_y=False),
+    "agreement": Picture("share of the update that descends", {"agreement": ""}, log_y=False),
+    "gain": Picture(
         "held-out error under cross entropy less under the DLN",
-        False,
         {f"gain_{k}": f"{k} N steps" for k in HORIZONS},
+        linear_within=0.1,
     ),
-    "advice": (
+    "advice": Picture(
         "held-out error before the update less after it",
-        False,
         {f"advice_{k}": f"{k} N steps" for k in HORIZONS},
+        linear_within=0.001,
     ),
-    "leak": ("held-out error less that on the validation part", False, {"leak": ""}),
-    "curvature": ("lowest eigenvalue of the Hessian", False, {"curvature": ""}),
+    "leak": Picture("held-out error less that on the validation part", {"leak": ""}, linear_within=0.1),
+    "curvature": Picture("lowest eigenvalue of the Hessian", {"curvature": ""}, linear_within=0.1),
 }
 
 
@@ -109,14 +124,17 @@ def _instruments(setting: Setting, entry: Entry) -> Instruments:
 
 def draw(root: Path, rows: Rows, what: str) -> None:
     """Write the pictures: curves over student steps, and the hypergradient by position at several moments."""
-    for file, (label, log_y, names) in PICTURES.items():
+    for file, (label, names, log_y, linear_within) in PICTURES.items():
         found = {
             f"{preset}, {meaning}".rstrip(", "): curve
             for name, meaning in names.items()
             for preset, curve in curves(rows, name).items()
         }
         if found:
-            plots.learning_curves(root / f"{file}.png", found, ylabel=label, title=f"{what}: {label}", log_y=log_y)
+            title = f"{what}: {label}"
+            plots.learning_curves(
+                root / f"{file}.png", found, ylabel=label, title=title, log_y=log_y, linear_within=linear_within
+            )
     plots.learning_curves(
         root / "position.png",
         positions(rows),

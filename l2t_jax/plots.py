@@ -36,6 +36,7 @@ def learning_curves(
     ylabel: str,
     title: str,
     log_y: bool = True,
+    linear_within: float | None = None,
     window: int | None = None,
     xlabel: str = "student steps",
 ) -> Figure:
@@ -47,6 +48,8 @@ def learning_curves(
         ylabel: quantity and unit of y.
         title: above the plot.
         log_y: logarithmic y axis; then points that are not positive are left out too.
+        linear_within: with log_y: keep all points, on an axis that is linear up to this size on both sides of zero and
+            logarithmic beyond.
         window: points of the running median over which mean and band are smoothed (1: none); by default 1/50 of R above
             100 points. Where it smooths, the mean as it was is drawn faintly behind.
         xlabel: quantity and unit of x.
@@ -57,12 +60,15 @@ def learning_curves(
     many = len(curves) > _FEW
     figure = Figure(figsize=(9 if many else 7, 4.2), layout="constrained")
     axes = figure.add_subplot()
+    positive = log_y and linear_within is None
     for index, (name, (x, y)) in enumerate(curves.items()):
         x, y = _checked(name, x, y)
-        y = np.where(np.isfinite(y) & ((y > 0) | (not log_y)), y, np.nan)
+        y = np.where(np.isfinite(y) & ((y > 0) | (not positive)), y, np.nan)
         _curve(axes, name, x, y, window or default_window(x.size), index, 0.08 if many else 0.18)
-    if log_y:
+    if positive:
         axes.set_yscale("log", nonpositive="mask")
+    elif log_y:
+        axes.set_yscale("symlog", linthresh=linear_within)
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _frame(axes)
     if many:  # beside the curves, which leave no room

@@ -294,6 +294,8 @@ def test_the_sheet_in_the_docstring_is_the_code():
             f"norm {preset.student_clip:g}" if preset.student_clip else "none"
         )
         assert rows["LSTM at the start"][name] == ("silent" if preset.silent else "random")
+        assert rows["cleared after rounds"][name] == (str(preset.window) if preset.window else "never")
+        assert rows["lives of the student"][name] == str(preset.lives)
         assert rows["added to the LSTM"][name].lower() == preset.base.replace("none", "-")
         assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]
         assert rows["predictions"][name] == preset.squash

@@ -152,3 +152,12 @@ def test_ablation_over_names_stands_side_by_side(tmp_path: Path) -> None:
     assert first < 1 < second  # of one name, but not on top of each other
     with pytest.raises(ValueError, match="There is no result to draw"):
         ablation(tmp_path / "b.png", {}, xlabel="x", ylabel="y", title="t")
+
+
+def test_curves_of_both_signs_over_decades(tmp_path):
+    """All points are kept, zero and negative ones too, and the axis is linear within what is asked for."""
+    x, y = np.arange(3), np.array([[-100.0, 0.0, 1000.0]])
+    figure = learning_curves(tmp_path / "a.png", {"a": (x, y)}, ylabel="gain", title="signs", linear_within=0.1)
+    (axes,) = figure.axes
+    assert axes.get_yscale() == "symlog" and axes.yaxis.get_transform().linthresh == 0.1
+    np.testing.assert_array_equal(axes.lines[-1].get_ydata(), y[0])

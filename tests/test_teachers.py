@@ -92,6 +92,21 @@ def test_odd_teacher_has_no_offset():
     chex.assert_trees_all_close(second, -mirrored, atol=1e-9)
 
 
+@pytest.mark.parametrize("odd", [False, True])
+def test_a_window_clears_the_memory(odd):
+    """In the first round of every window the update is that of a fresh memory; within one, that of no window."""
+    teacher, endless = (coordinate_lstm(odd=odd, window=window) for window in (2, 0))
+    params = teacher.init(jax.random.key(0))
+    memory, kept = teacher.memory(PHI), endless.memory(PHI)
+    for age, gradient in enumerate(gradients(5)):
+        kept = endless.memory(PHI) if age % 2 == 0 else kept
+        found, memory = jax.jit(teacher.update)(params, memory, gradient, PHI)
+        expected, kept = endless.update(params, kept, gradient, PHI)
+        chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-9)
+    with pytest.raises(ValueError, match="at least 1, or 0"):
+        coordinate_lstm(window=-1)
+
+
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
 def test_optax_teacher_is_the_optimizer(name):
     """It descends: the update is what the optimizer itself gives, with its state as the memory."""

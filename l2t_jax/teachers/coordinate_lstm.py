@@ -31,6 +31,13 @@ class CellState(NamedTuple):
     cell: Array  # [P, H]
 
 
+class Aged(NamedTuple):
+    """The memory of a teacher with a window."""
+
+    states: PyTree
+    age: Array  # [] int32, rounds
+
+
 def coordinate_lstm(
     dln_lr: float = 1e-3,
     *,
@@ -38,6 +45,7 @@ def coordinate_lstm(
     preprocess: float | None = 10.0,
     odd: bool = False,
     silent: bool = False,
+    window: int = 0,
 ) -> Teacher:
     """Build the coordinate-wise LSTM 64-64-64-1: update = sign * gamma * g, [g, h] = T(hypergradient, h).
 
@@ -48,11 +56,18 @@ def coordinate_lstm(
       odd: use (T(d) - T(-d)) / 2, which has no common offset over the coordinates at initialisation. Not in the paper.
       silent: begin with zeros in what makes the last layer's candidate values, so that g = 0 whatever the
         hypergradient until the teacher has learned something. Not in the paper.
+      window: rounds after which the memory is cleared; 0 never, as in the released code. Its cells add up what they
+        read, and one round's derivative does not tell the teacher to forget: without it they saturate, and the update
+        is then the same in every round, whatever the hypergradient. Not in the paper.
     Returns:
-      a `Teacher` whose memory holds a hidden and a cell state for every coordinate.
+      a `Teacher` whose memory holds a hidden and a cell state for every coordinate and, with a window, its age.
+    Raises:
+      ValueError: the window is negative.
     Source: L2T-DLN (NeurIPS 2023) Eq. 3 and 5.1; coordinate-wise after Andrychowicz et al. 2016. The paper does not
     mention preprocessing; the released code has it with p = 10. The output is the last layer's hidden state.
     """
+    if window < 0:
+        raise ValueError(f"a window of {window} rounds is none: give at least 1, or 0 to clear no memory.")
     features = 1 if preprocess is None else 2
 
     def init(key: Key) -> tuple[Cell, ...]:
@@ -61,9 +76,18 @@ def coordinate_lstm(
 
     def memory(loss_params: PyTree) -> PyTree:
         flat, _ = ravel_pytree(loss_params)
-        return (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
+        states = (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
+        return Aged(states, jnp.int32(0)) if window else states
 
     def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
+        if window:
+            kept = memory.age % window > 0
+            states = jax.tree.map(lambda x: jnp.where(kept, x, 0), memory.states)
+            result, states = at_once(params, states, hypergradient)
+            return result, Aged(states, memory.age + 1)
+        return at_once(params, memory, hypergradient)
+
+    def at_once(params: PyTree, memory: PyTree, hypergradient: PyTree) -> tuple[PyTree, PyTree]:
         flat, unravel = ravel_pytree(hypergradient)  # [P]
         if odd:
             up, up_memory = run_cells(params, memory[0], features_of(flat, preprocess))
