@@ -11,7 +11,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | its learning rate       | constant       | constant       | constant           | cosine         | 5.1; code     |
 | clip of its gradient    | none           | none           | none               | norm 1         | 5.1; code     |
 | gamma, sign of its step | 1e-3, plus     | 1e-3, minus    | 1e-3, minus        | 1e-2, minus    | Eq. 3; code   |
-| teacher                 | Adam 1e-3      | Adam 1e-3      | Adam 1e-2          | Adam 1e-4      | 5.1           |
+| teacher                 | Adam 1e-3      | Adam 1e-3      | Adam 1e-2          | Adam 1e-2      | 5.1           |
 | unroll length N         | 25             | 15             | 25                 | 25             | 5.2; code     |
 | batch, validation batch | 25, 100        | 25, 100        | 25, 100            | 25, 100        | 5.2           |
 | epochs                  | 10             | 10             | 20                 | 20             | 5.1           |
@@ -21,13 +21,13 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | loss                    | DLN            | DLN            | CE + DLN, at zero  | as residual    | 5.2; code     |
 | predictions             | sigmoid        | sigmoid        | softmax            | softmax        | code          |
 | LSTM preprocessing      | p = 10         | p = 10         | p = 10             | p = 10         | code          |
-| LSTM output             | T(d)           | T(d)           | (T(d) - T(-d)) / 2 | T(d)           | Eq. 3; code   |
+| LSTM output             | T(d)           | T(d)           | (T(d) - T(-d)) / 2 | as residual    | Eq. 3; code   |
 | LSTM at the start       | random         | random         | random             | silent         | code          |
-| added to the LSTM       | -              | -              | -                  | Adam           | Eq. 3; code   |
+| added to the LSTM       | -              | -              | -                  | -              | Eq. 3; code   |
 | DLN updates taken       | all            | all            | all                | all            | Eq. 3; code   |
 | lives of the student    | 1              | 1              | 1                  | 1              | Alg. 1; code  |
 | LSTM memory             | never cleared  | never cleared  | never cleared      | never cleared  | code          |
-| cleared after rounds    | never          | never          | never              | never          | code          |
+| cleared after rounds    | never          | never          | never              | 5              | code          |
 """
 
 import dataclasses
@@ -78,10 +78,8 @@ STABLE = dataclasses.replace(
     student_schedule="cosine",
     student_clip=1.0,
     dln_lr=1e-2,
-    teacher_lr=1e-4,
-    odd=False,
     silent=True,
-    base="adam",
+    window=5,
 )
 
 PRESETS: dict[str, Preset] = {"stable": STABLE, "residual": RESIDUAL, "paper": PAPER, "released": RELEASED}
