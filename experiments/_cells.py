@@ -88,7 +88,7 @@ def records_in(root: Path) -> list[dict[str, Any]]:
 
 
 def _same(record: Path, config: Config, source: str | None) -> None:
-    there = _complete(json.loads(record.read_text())["config"])
+    there = complete(json.loads(record.read_text())["config"])
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     if different := [name for name, value in asked.items() if name != "rounds" and there.get(name) != value]:
         raise WorkdirError(
@@ -110,7 +110,7 @@ def _method_and_seed(pair: str) -> tuple[str, int]:
     return method, int(seed)
 
 
-def _complete(config: dict[str, Any]) -> dict[str, Any]:
+def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A record's config with what was not yet a choice when it was written, as it was then: the defaults."""
     defaults = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in config}
     return defaults | config | {"settings": dataclasses.asdict(Preset()) | config["settings"]}

@@ -22,6 +22,7 @@ from experiments._command import command, start
 from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result
 from experiments._tables import name_of, setup_of
+from experiments.presets import Preset
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
 FLAGS = flags.FLAGS
@@ -76,16 +77,15 @@ def parse_grid(text: str) -> Grid:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """A row for each record and method, the best held-out accuracy first; columns for what differs among them."""
-    settings = [
-        record["config"]["settings"] | {name: record["config"][name] for name in ("teacher", "rounds")}
-        for record in records
-    ]
-    differing = [name for name in settings[0] if len({str(s.get(name)) for s in settings}) > 1]
+    configs = [_cells.complete(record["config"]) for record in records]
+    settings = [config["settings"] | {name: config[name] for name in ("teacher", "rounds")} for config in configs]
+    names = [*(field.name for field in dataclasses.fields(Preset)), "teacher", "rounds"]
+    differing = [name for name in names if len({str(s[name]) for s in settings}) > 1]
     rows = []
     for record, values in zip(records, settings, strict=True):
         for method, outcome in record["methods"].items():
             accuracy = outcome["test_accuracy"]
-            where = [name_of(setup_of(record)), method, *(_text(values.get(name)) for name in differing)]
+            where = [name_of(setup_of(record)), method, *(_text(values[name]) for name in differing)]
             rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]))]))
     rows.sort(key=lambda row: -row[0])
     head = ["data", "method", *differing, "held-out accuracy, %"]
