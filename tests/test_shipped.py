@@ -4,14 +4,12 @@ import json
 import shutil
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from launching import SMALL, launch
 
 from experiments import classification, ship
 from l2t_jax import teachers
-from l2t_jax.losses import build_loss
 from l2t_jax.records import load_arrays
 from l2t_jax.teachers import trained
 
@@ -92,19 +90,3 @@ def test_only_what_was_chosen_without_the_test_set_is_shipped(run, tmp_path):
     shutil.rmtree(copy / "teachers")
     refused("optax teacher has nothing", workdir=copy)
     assert not (tmp_path / "none").exists()
-
-
-@pytest.mark.parametrize("name", teachers.shipped())
-def test_every_shipped_teacher_descends(name):
-    """It loads, its card is complete, and its updates go against a hypergradient that stays the same."""
-    card, teacher = teachers.card(name), teachers.load(name)
-    assert set(card) >= {"teacher", "dln", "student", "trained_on", "seed", "scores", "command", "commit", "sha256"}
-    assert card["trained_on"]["held_out"] > 0 and card["commit"]
-    params, phi = teacher.init(jax.random.key(0)), build_loss("dln", 7, **card["dln"]).init(jax.random.key(1))
-    memory, moved = teacher.memory(phi), phi
-    gradient = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), phi)
-    for _ in range(5):
-        update, memory = teacher.update(params, memory, gradient, moved)
-        moved = jax.tree.map(jnp.add, moved, update)
-    change = jax.tree.map(lambda a, b, g: jnp.sum((a - b) * g), moved, phi, gradient)
-    assert sum(jax.tree.leaves(change)) < 0

@@ -7,6 +7,8 @@ import numpy as np
 import optax
 import pytest
 
+from l2t_jax import teachers
+from l2t_jax.losses import build_loss
 from l2t_jax.teachers import TEACHERS, from_optax, sum_of
 from l2t_jax.teachers.coordinate_lstm import UNITS, Cell, coordinate_lstm, features_of
 
@@ -162,3 +164,19 @@ def test_a_sum_of_teachers():
             chex.assert_trees_all_close(found, jax.tree.map(jnp.add, expected, correction), rtol=1e-6)
             moved = max(float(jnp.abs(leaf).max()) for leaf in jax.tree.leaves(correction))
             assert moved == 0 if silent else moved > 0
+
+
+@pytest.mark.parametrize("name", teachers.shipped())
+def test_every_shipped_teacher_descends(name):
+    """It loads, its card is complete, and its updates go against a hypergradient that stays the same."""
+    card, teacher = teachers.card(name), teachers.load(name)
+    assert set(card) >= {"teacher", "dln", "student", "trained_on", "seed", "scores", "command", "commit", "sha256"}
+    assert card["trained_on"]["held_out"] > 0 and card["commit"]
+    params, phi = teacher.init(jax.random.key(0)), build_loss("dln", 7, **card["dln"]).init(jax.random.key(1))
+    memory, moved = teacher.memory(phi), phi
+    gradient = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), phi)
+    for _ in range(5):
+        update, memory = teacher.update(params, memory, gradient, moved)
+        moved = jax.tree.map(jnp.add, moved, update)
+    change = jax.tree.map(lambda a, b, g: jnp.sum((a - b) * g), moved, phi, gradient)
+    assert sum(jax.tree.leaves(change)) < 0
