@@ -2,12 +2,13 @@
 
   python -m experiments.figures --runs=runs/mine
   python -m experiments.figures --runs=runs/lstm,runs/adam --workdir=figures
+  python -m experiments.figures --studies=experiments/results/study/residual,experiments/results/study/stable
   python -m experiments.figures --costs=benchmarks/results/hypergradient_cost_cpu_w1.json
 
 For every run: the surfaces of the DLN through its training (Figure 3), learning curves, norms, and, where labels were
 wrong, what the student made of them and how much of its gradient came from them (the poster). Several runs are also
-drawn together, a curve for each run and method. --costs draws records of benchmarks.hypergradient_cost. Pictures go to
---workdir (default figures), in a folder for each run.
+drawn together, a curve for each run and method. --studies draws runs of experiments.study together, --costs records of
+benchmarks.hypergradient_cost. Pictures go to --workdir (default figures), in a folder for each run.
 """
 
 import json
@@ -23,10 +24,12 @@ from experiments import _flags  # noqa: F401, defines --workdir
 from experiments._command import start
 from experiments._config import UsageError, fail
 from experiments._report import draw, plot_curves
+from experiments._study_pictures import draw as draw_study
 from l2t_jax.records import Metrics
 
 flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their last folders must differ.")
 flags.DEFINE_list("costs", [], "Records of benchmarks.hypergradient_cost (JSON), comma separated: drawn together.")
+flags.DEFINE_list("studies", [], "Run directories of experiments.study, comma separated: drawn together.")
 FLAGS = flags.FLAGS
 flags.declare_key_flag("workdir")
 
@@ -34,7 +37,7 @@ flags.declare_key_flag("workdir")
 def main(argv: list[str]) -> None:
     """Draw; bad input is one line and exit code 2."""
     try:
-        for path in figures(FLAGS.runs, FLAGS.costs, Path(FLAGS.workdir or "figures")):
+        for path in figures(FLAGS.runs, FLAGS.studies, FLAGS.costs, Path(FLAGS.workdir or "figures")):
             print(path)
     except KeyError as error:
         fail(f"a record has no {error}: it was written by something else, or by another version.")
@@ -43,17 +46,18 @@ def main(argv: list[str]) -> None:
     sys.exit(0)
 
 
-def figures(runs: list[str], costs: list[str], folder: Path) -> list[Path]:
+def figures(runs: list[str], studies: list[str], costs: list[str], folder: Path) -> list[Path]:
     """Draw all that is asked for; returns the pictures, in order.
 
     Raises:
       UsageError: nothing is asked for, or what is there is no finished run or no record.
     """
-    if not runs and not costs:
-        raise UsageError("there is nothing to draw: give --runs=DIR or --costs=FILE.")
+    if not runs and not studies and not costs:
+        raise UsageError("there is nothing to draw: give --runs=DIR, --studies=DIR or --costs=FILE.")
     names = [Path(run).name for run in runs]
-    if len(set(names)) < len(names):
-        raise UsageError(f"--runs has two runs of one name ({', '.join(names)}): rename a directory.")
+    for flag, found in (("runs", names), ("studies", [Path(study).name for study in studies])):
+        if len(set(found)) < len(found):
+            raise UsageError(f"--{flag} has two runs of one name ({', '.join(found)}): rename a directory.")
     summaries = [_read(Path(run) / "summary.json", "methods", "a finished run") for run in runs]
     for run, name, summary in zip(runs, names, summaries, strict=True):
         draw(summary, Path(run), folder / name)
@@ -68,6 +72,15 @@ def figures(runs: list[str], costs: list[str], folder: Path) -> list[Path]:
         )
         share = max(summary["config"]["wrong_labels"] for summary in summaries)
         plot_curves(folder, rows, observations, " and ".join(names), wrong_labels=share)
+    if studies:
+        about = [_read(Path(study) / "summary.json", "methods", "a finished run") for study in studies]
+        rows_of = {Path(study).name: Metrics.read(Path(study) / "observations.jsonl") for study in studies}
+        for name, rows in rows_of.items():
+            if not rows or "agreement" not in rows[0]:
+                raise UsageError(f"--studies: {name} is no run of experiments.study.")
+        seen = [row | {"method": name} for name, rows in rows_of.items() for row in rows]
+        folder.mkdir(parents=True, exist_ok=True)
+        draw_study(folder, seen, f"{about[0]['dataset']}, {about[0]['student']}")
     if costs:
         measured = [
             row for file in costs for row in _read(Path(file), "rows", "a record of hypergradient_cost")["rows"]

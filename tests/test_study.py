@@ -1,12 +1,13 @@
 """`experiments.study`: what it measures of a DLN that begins as cross entropy, and its pictures."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 from launching import launch
 
-from experiments import study
+from experiments import _study_pictures, figures, study
 
 SMALL = ("--rounds=2", "--unroll_length=2", "--width=8", "--seeds=2", "--teacher=sgd", "--dln_lr=3.0")
 
@@ -40,9 +41,22 @@ def test_a_dln_that_is_cross_entropy_measures_as_such(measured):
 
 def test_pictures(measured):
     names = {path.name for path in measured.glob("*.png")}
-    assert names == {*(f"{name}.png" for name in study.PICTURES), "position.png"}
+    assert names == {*(f"{name}.png" for name in _study_pictures.PICTURES), "position.png"}
     assert all(path.stat().st_size > 10_000 for path in measured.glob("*.png"))
     assert json.loads((measured / "residual" / "summary.json").read_text())["config"]["held_out"] == 0.2
+
+
+def test_studies_are_drawn_again_together(measured, tmp_path, capsys):
+    """From their files alone, a curve for each; what is no study is told."""
+    other = tmp_path / "other"
+    shutil.copytree(measured / "residual", other)
+    folder = tmp_path / "pictures"
+    assert launch(figures, f"--studies={measured / 'residual'},{other}", f"--workdir={folder}") == 0
+    assert {path.name for path in folder.iterdir()} == {path.name for path in measured.glob("*.png")}
+    (other / "observations.jsonl").write_text("")
+    for given, message in ((str(other), "other is no run of experiments.study"), (f"{other},{other}", "one name")):
+        assert launch(figures, f"--studies={given}", f"--workdir={folder}") == 2
+        assert message in capsys.readouterr().err
 
 
 def test_positions_are_of_the_start_the_half_and_the_end():
@@ -51,7 +65,7 @@ def test_positions_are_of_the_start_the_half_and_the_end():
         for seed in (0, 1)
         for r in (0, 3, 9)
     ]
-    found = study.positions(rows)
+    found = _study_pictures.positions(rows)
     assert list(found) == ["a, start", "a, half", "a, end"]
     np.testing.assert_array_equal(found["a, half"][0], [1, 2])
     np.testing.assert_array_equal(found["a, half"][1], [[30, 1], [31, 1]])
