@@ -26,7 +26,7 @@ from experiments._config import Config, Noise, Options, UsageError
 from experiments._report import result, tested_on
 from experiments._setting import build_schedule
 from experiments._table_flag import table
-from experiments._tables import paired, probability
+from experiments._tables import name_of, paired, probability, setup_of
 from l2t_jax import plots
 
 METHODS = ("l2t_dln", "cross_entropy")
@@ -142,10 +142,9 @@ def markdown(name: str, found: Records) -> str:
         f"# Ablation: {setting}",
         "",
         f"{tested_on(some['config']).capitalize()} accuracy in %, mean ± sample standard deviation over "
-        f"{len(some['seeds'])} seeds; {some['dataset']}, {some['student']}, preset {some['preset']}. Difference and p: "
-        "L2T-DLN online",
-        "against cross entropy over the same seeds, paired two-sided t test. Published: L2T-DLN with a ResNet-8 on "
-        "CIFAR-10.",
+        f"{len(some['seeds'])} seeds; {_what(ablation, some)}. Difference and p: L2T-DLN online",
+        "against cross entropy over the same seeds, paired two-sided t test."
+        + (" Published: L2T-DLN with a ResNet-8 on CIFAR-10." if ablation.published else ""),
         "",
     ]
     head = [setting, "L2T-DLN, online", "transfer", "cross entropy", "difference", "p", "student steps"]
@@ -155,6 +154,12 @@ def markdown(name: str, found: Records) -> str:
         rows = [_cells_of(ablation, value, found[equal, value]) for value in ablation.values]
         lines += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
     return "\n".join(lines)
+
+
+def _what(ablation: Ablation, record: dict[str, Any]) -> str:
+    """What all cells share."""
+    teacher = "" if ablation.setting == "teacher" else f", teacher {record['config']['teacher']}"
+    return f"{name_of(setup_of(record))}, preset {record['preset']}{teacher}"
 
 
 def _cells_of(ablation: Ablation, value: Any, record: dict[str, Any]) -> list[str]:
@@ -191,7 +196,7 @@ def draw(path: Path, ablation: Ablation, equal: str, found: Records) -> None:
         points,
         xlabel=ablation.setting.replace("_", " "),
         ylabel=f"{tested_on(some['config'])} accuracy, %",
-        title=f"{some['dataset']}, {some['student']}, preset {some['preset']}, equal {equal}",
+        title=f"{_what(ablation, some)}, equal {equal}",
     )
 
 
