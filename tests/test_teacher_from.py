@@ -79,21 +79,19 @@ def test_what_does_not_fit_is_told(trained, five_classes, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("small_lstm")
 def test_a_teacher_of_several_lives_is_judged_by_a_student_of_one(tmp_path):
     """Every student, also the frozen teacher's, has the rounds of the run; the teacher has learned in all lives."""
-    once, thrice = tmp_path / "once", tmp_path / "thrice"
-    small = ("--rounds=2", "--unroll_length=2", "--width=8", "--method=l2t_dln", "--preset=residual")
-    assert launch(classification, *small, f"--workdir={once}") == 0
-    assert launch(classification, *small, "--set=lives=3", f"--workdir={thrice}") == 0
-    for workdir, lives in ((once, 1), (thrice, 3)):
-        methods = json.loads((workdir / "summary.json").read_text())["methods"]
-        assert {name: row["rounds"] for name, row in methods.items()} == {"l2t_dln": 2 * lives, "l2t_dln_transfer": 2}
-        assert {row["student_steps"] for row in methods.values()} == {4}
-        moments = sorted(path.stem for path in (workdir / "snapshots" / "l2t_dln" / "seed_0").iterdir())
-        shown = {0, *(2 * lives - 2 + done for done in (0, 1, 2))}  # start, half and end of the last life
-        assert moments == [f"round_{done:06d}" for done in sorted(shown)]
-        assert (workdir / "plots" / "surfaces_l2t_dln_seed_0.png").exists()
-    rows = [json.loads(line) for line in (thrice / "metrics.jsonl").read_text().splitlines()]
+    small = ("--rounds=2", "--unroll_length=2", "--width=8", "--method=l2t_dln", "--preset=released", "--set=lives=3")
+    workdir = tmp_path / "run"
+    assert launch(classification, *small, f"--workdir={workdir}") == 0
+    methods = json.loads((workdir / "summary.json").read_text())["methods"]
+    assert {name: row["rounds"] for name, row in methods.items()} == {"l2t_dln": 6, "l2t_dln_transfer": 2}
+    assert {row["student_steps"] for row in methods.values()} == {4}
+    moments = {path.stem for path in (workdir / "snapshots" / "l2t_dln" / "seed_0").iterdir()}
+    assert moments == {f"round_{done:06d}" for done in (0, 4, 5, 6)}  # and start, half and end of the last life
+    assert (workdir / "plots" / "surfaces_l2t_dln_seed_0.png").exists()
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
     online = {row["round"]: row for row in rows if row["method"] == "l2t_dln"}
     assert len(online) == 6
     errors = [online[r]["validation_error_stage_one"] for r in (0, 2, 4)]  # of students that have seen one stage only

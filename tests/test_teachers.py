@@ -100,10 +100,11 @@ def test_a_window_clears_the_memory(odd):
     teacher, endless = (coordinate_lstm(odd=odd, window=window) for window in (2, 0))
     params = teacher.init(jax.random.key(0))
     memory, kept = teacher.memory(PHI), endless.memory(PHI)
+    step, plain = jax.jit(teacher.update), jax.jit(endless.update)
     for age, gradient in enumerate(gradients(5)):
         kept = endless.memory(PHI) if age % 2 == 0 else kept
-        found, memory = jax.jit(teacher.update)(params, memory, gradient, PHI)
-        expected, kept = endless.update(params, kept, gradient, PHI)
+        found, memory = step(params, memory, gradient, PHI)
+        expected, kept = plain(params, kept, gradient, PHI)
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-9)
     with pytest.raises(ValueError, match="at least 1, or 0"):
         coordinate_lstm(window=-1)
@@ -175,8 +176,9 @@ def test_every_shipped_teacher_descends(name):
     params, phi = teacher.init(jax.random.key(0)), build_loss("dln", 7, **card["dln"]).init(jax.random.key(1))
     memory, moved = teacher.memory(phi), phi
     gradient = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), phi)
+    step = jax.jit(teacher.update)
     for _ in range(5):
-        update, memory = teacher.update(params, memory, gradient, moved)
+        update, memory = step(params, memory, gradient, moved)
         moved = jax.tree.map(jnp.add, moved, update)
     change = jax.tree.map(lambda a, b, g: jnp.sum((a - b) * g), moved, phi, gradient)
     assert sum(jax.tree.leaves(change)) < 0
