@@ -327,6 +327,8 @@ def checked(settings: Preset) -> Preset:
             raise UsageError(f"--{name}={getattr(settings, name)} must be at least 1.")
     if not 0 <= settings.student_clip < float("inf"):
         raise UsageError(f"--set: student_clip={settings.student_clip} must be a norm, or 0 for none.")
+    if not 0 <= settings.compress < float("inf"):
+        raise UsageError(f"--set: compress={settings.compress} must be a positive number, or 0 for none.")
     if settings.preprocess is not None and not 0 < settings.preprocess < float("inf"):
         raise UsageError(f"--set: preprocess={settings.preprocess} must be a positive number, or none.")
     if settings.window < 0:

@@ -105,7 +105,7 @@ class Instruments:
             phi, theta = state.loss, state.student
             batches, first = task.gather(data, train, None), task.gather(data, train[:length], None)
             judge = task.gather(held, jnp.arange(min(HELD_OUT, len(setting.dataset.test_labels))), None)
-            values = surface(phi, config.settings.squash, POINTS)
+            values = surface(phi, config.settings.squash, POINTS, config.settings.compress)
             whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), first)  # the examples of N steps as one batch
             under_dln, under_ce = gradient(dln, phi, theta, whole), gradient(fixed, {}, theta, whole)
             norms = jnp.linalg.norm(under_dln), jnp.linalg.norm(under_ce)

@@ -77,7 +77,8 @@ def teacher_arguments(config: Config) -> dict[str, Any]:
 def dln_arguments(config: Config) -> dict[str, Any]:
     """What the flags say of the DLN: arguments of `losses.dln.dln`."""
     settings = config.settings
-    return {"form": settings.dln_form} | {name: getattr(settings, name) for name in ("squash", "reduction", "residual")}
+    knobs = ("squash", "reduction", "residual", "compress")
+    return {"form": settings.dln_form} | {name: getattr(settings, name) for name in knobs}
 
 
 def build_dln(config: Config, classes: int) -> Loss:

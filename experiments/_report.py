@@ -185,7 +185,8 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
             for i in range(depth)
         ]
-        surfaces.append((share, np.asarray(surface(layers, config["settings"]["squash"], SURFACE_POINTS))))
+        compress = config["settings"].get("compress", 0.0)  # older records lack it
+        surfaces.append((share, np.asarray(surface(layers, config["settings"]["squash"], SURFACE_POINTS, compress))))
     added = " (added to cross entropy)" if config["settings"]["residual"] else ""
     method, seed = snapshots.parent.name, snapshots.name
     title = f"DLN{added}: {method}, {seed.replace('_', ' ')}"

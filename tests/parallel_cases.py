@@ -130,10 +130,11 @@ def seeds():
     """Seeds side by side and on devices of their own against single runs."""
     others = [run("save", ONE, (seed,))[0] for seed in range(3)]
     out = {}
-    for name, layout in (("vmap", Layout(3)), ("devices", Layout(1, 3, "seeds")), ("both", Layout(2, 2, "seeds"))):
+    for name, layout in (("vmap", Layout(3)), ("devices", Layout(1, 3, "seeds"))):
         several = run("save", layout, range(3))
         out[name] = [compare(a, b) for a, b in zip(several, others, strict=True)]
-    some = run("save", Layout(4), (0, 1, 2), counts=[2, 1, 0])  # of unequal length, and one place empty
+    # Side by side and on devices, of unequal length, and one place empty.
+    some = run("save", Layout(2, 2, "seeds"), (0, 1, 2), counts=[2, 1, 0])
     out["unequal"] = [
         apart(some[0][0], others[0][0]),
         apart(some[1][0], run("save", ONE, (1,), counts=[1])[0][0]),

@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from l2t_jax.losses.cross_entropy import cross_entropy
-from l2t_jax.losses.dln import Layer, dln, init_network, pair_value
+from l2t_jax.losses.dln import Layer, dln, init_network, pair_value, surface
 
 SHAPES = ((4, 40), (40, 40), (40, 40), (40, 40), (40, 1))
 Z, Y = [[1.0, 0.0, -1.0], [0.5, 2.0, -0.3]], jnp.array([0, 2])
@@ -97,6 +97,30 @@ def test_log_softmax_can_take_cross_entropy_back(x64):
     assert jnp.abs(jax.grad(total)(outputs, tuple(params))).max() > 0.5
     np.testing.assert_allclose(jax.grad(total)(outputs, tuple(one)), 0, atol=1e-12)
     np.testing.assert_allclose(loss.apply(tuple(one), outputs, targets), 0, atol=1e-12)
+
+
+def test_compressed_pairs(x64):
+    """c asinh(v / c) of every pair: v where it is small, its logarithm where it is large, and the surface is it."""
+    plain, compressed = dln(squash="softmax"), dln(squash="softmax", compress=2.0)
+    params, z = toy.to_x64(plain.init(jax.random.key(0))), jnp.array(Z)
+    p, pairs = jax.nn.softmax(z), [[(0, 1), (0, 2)], [(2, 0), (2, 1)]]
+    for scale in (1, 10):
+        scaled = jax.tree.map(lambda x, scale=scale: scale * x, params)
+        values = jnp.array([[pair_value(scaled, p[b, i], p[b, j]) for i, j in row] for b, row in enumerate(pairs)])
+        by_hand = jnp.sign(values) * 2 * jnp.log(jnp.abs(values) / 2 + jnp.sqrt(values**2 / 4 + 1))
+        chex.assert_trees_all_close(compressed.apply(scaled, z, Y), jnp.sum(by_hand, axis=1) / 3)
+    assert jnp.abs(values).max() > 1e3 and jnp.abs(by_hand).max() < 30
+    drawn = surface(params, "softmax", 5, 2.0)
+    chex.assert_trees_all_close(drawn, 2 * jnp.arcsinh(surface(params, "softmax", 5) / 2))
+    near = (*params[:-1], jax.tree.map(lambda x: 1e-6 * x, params[-1]))
+    gradient = lambda loss: jax.grad(lambda q: jnp.sum(loss.apply(q, z, Y)))(near)  # noqa: E731
+    chex.assert_trees_all_close(gradient(compressed), gradient(plain), rtol=1e-6)
+
+
+@pytest.mark.parametrize("compress", [-1.0, float("inf"), float("nan")])
+def test_what_cannot_compress_is_refused(compress):
+    with pytest.raises(ValueError, match="must be a positive, finite number, or 0 for none"):
+        dln(compress=compress)
 
 
 @pytest.mark.parametrize("knob", ["form", "squash", "reduction"])

@@ -299,3 +299,4 @@ def test_the_sheet_in_the_docstring_is_the_code():
         assert rows["added to the LSTM"][name].lower() == preset.base.replace("none", "-")
         assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]
         assert rows["predictions"][name] == preset.squash
+        assert rows["pairs compressed beyond"][name] == (f"{preset.compress:g}" if preset.compress else "never")

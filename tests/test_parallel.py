@@ -51,7 +51,7 @@ def test_seeds_side_by_side_on_divided_batches(batches):
     assert max(batches["together"].values()) < TOLERANCE, batches["together"]
 
 
-@pytest.mark.parametrize("how", ["vmap", "devices", "both"])
+@pytest.mark.parametrize("how", ["vmap", "devices"])
 def test_seeds_give_the_numbers_of_single_runs(seeds, how):
     differences = [max(seed.values()) for seed in seeds[how]]
     assert len(differences) == 3 and max(differences) < TOLERANCE, differences
@@ -59,7 +59,7 @@ def test_seeds_give_the_numbers_of_single_runs(seeds, how):
         assert max(differences) == 0  # each device runs the program of a single seed
 
 
-def test_runs_of_unequal_length_stop_each_on_its_own(seeds):
+def test_runs_of_unequal_length_side_by_side_on_devices_stop_each_on_its_own(seeds):
     assert max(seeds["unequal"]) < TOLERANCE and seeds["unequal"][2] == 0, seeds["unequal"]
 
 

@@ -36,7 +36,14 @@ class Layer(NamedTuple):
     bias: Array | tuple[()]  # [outputs]
 
 
-def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "mean", residual: bool = False) -> Loss:
+def dln(
+    *,
+    form: str = "released",
+    squash: str = "sigmoid",
+    reduction: str = "mean",
+    residual: bool = False,
+    compress: float = 0.0,
+) -> Loss:
     """Build the dynamic loss network of L2T-DLN, 1-vs-1 over any number of classes.
 
     l(z, y) = r * sum_{j != y} DLN(pair(s_y, s_j)), s = squash(z).
@@ -48,10 +55,13 @@ def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "me
       reduction: r: "mean" = 1/C (released: the zero row of class y is counted), "mean_pairs" = 1/(C-1), "sum" = 1.
       residual: add cross entropy and start from a zero last layer, so that the loss begins as cross entropy and the
         network learns a correction to it. Not in the paper.
+      compress: c > 0 takes c asinh(v / c) for the value v of a pair: v where it is small, sign(v) c log(2 |v| / c)
+        where it is large, so that its range grows slowly however far a teacher goes; 0 leaves v as it is. Not in the
+        paper.
     Returns:
       a `Loss`; its losses [B] may be negative, as the output is linear.
     Raises:
-      ValueError: an unknown form, squash or reduction.
+      ValueError: an unknown form, squash or reduction, or a `compress` that is negative or not finite.
     Source: L2T-DLN (NeurIPS 2023), 5.2 and Visualization: five linear layers, 40 units, LeakyReLU, Kaiming-normal.
     The paper names neither inputs nor biases; the released code has the 4-input, bias-free form. In that form
     DLN(0) = 0, so its zero row for class y adds nothing, and leaving it out is the same function.
@@ -63,6 +73,8 @@ def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "me
     ):
         if value not in known:
             raise ValueError(f"DLN {name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    if not 0 <= compress < math.inf:
+        raise ValueError(f"DLN compress {compress} must be a positive, finite number, or 0 for none.")
 
     def init(key: Key) -> PyTree:
         layers = init_network(key, form)
@@ -72,7 +84,7 @@ def dln(*, form: str = "released", squash: str = "sigmoid", reduction: str = "me
         classes = outputs.shape[-1]
         s = SQUASH[squash](outputs)  # [B, C]
         right = jnp.take_along_axis(s, targets[..., None], axis=-1)  # [B, 1]
-        values = pair_value(params, jnp.broadcast_to(right, s.shape), s)  # [B, C]
+        values = pair_value(params, jnp.broadcast_to(right, s.shape), s, compress)  # [B, C]
         wrong = targets[..., None] != jnp.arange(classes)  # [B, C]
         losses = REDUCTION[reduction](classes) * jnp.sum(jnp.where(wrong, values, 0), axis=-1)  # [B]
         return losses + cross_entropy(outputs, targets) if residual else losses
@@ -98,23 +110,25 @@ def init_network(key: Key, form: str) -> tuple[Layer, ...]:
     return tuple(layers)
 
 
-def surface(params: PyTree, squash: str, points: int) -> Array:
+def surface(params: PyTree, squash: str, points: int, compress: float = 0.0) -> Array:
     """DLN value of every pair of predictions from 0 to 1, right class first: [points, points], as in Figure 3.
 
     Under "log_softmax" the network sees logarithms: those of predictions below 1e-3 are drawn as that of 1e-3.
     """
     axis = jnp.linspace(0, 1, points)
     seen = jnp.log(jnp.maximum(axis, 1e-3)) if squash == "log_softmax" else axis
-    return pair_value(params, *jnp.meshgrid(seen, seen, indexing="ij"))
+    right, wrong = jnp.meshgrid(seen, seen, indexing="ij")
+    return pair_value(params, right, wrong, compress)
 
 
-def pair_value(params: PyTree, right: Array, wrong: Array) -> Array:
+def pair_value(params: PyTree, right: Array, wrong: Array, compress: float = 0.0) -> Array:
     """DLN value of pairs: the surface of Figure 3.
 
     Args:
       params: layers of `init_network`; the form is read from the first kernel.
       right: squashed prediction of the right class, any shape.
       wrong: squashed prediction of a wrong class, same shape.
+      compress: see `dln`.
     Returns:
       values, same shape.
     """
@@ -128,4 +142,5 @@ def pair_value(params: PyTree, right: Array, wrong: Array) -> Array:
             x = x + layer.bias
         if depth < len(params) - 1:
             x = jax.nn.leaky_relu(x, SLOPE)
-    return x[..., 0]
+    value = x[..., 0]
+    return compress * jnp.arcsinh(value / compress) if compress else value
