@@ -60,7 +60,7 @@ ABLATIONS = {
         {"lstm": 90.70, "adam": 90.22, "sgd": 89.10, "rmsprop": 90.17},
     ),
     "lr": Ablation("student_lr", (0.001, 0.01, 0.03, 0.1, 0.3, 1.0), {}),
-    "options": Ablation(  # of `stable`, one at a time as it is elsewhere; for others there is experiments.tune
+    "options": Ablation(  # of `stable`, one at a time otherwise; for others there is experiments.tune
         "option",
         (
             AS_IT_IS,
@@ -72,6 +72,7 @@ ABLATIONS = {
             "student_clip=0",
             "student_schedule=constant",
             "dln_lr=0.001",
+            "compress=10",
         ),
         {},
     ),
