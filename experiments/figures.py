@@ -71,7 +71,7 @@ def figures(runs: list[str], studies: list[str], costs: list[str], folder: Path)
             for file in ("metrics.jsonl", "observations.jsonl")
         )
         share = max(summary["config"]["wrong_labels"] for summary in summaries)
-        plot_curves(folder, rows, observations, " and ".join(names), wrong_labels=share)
+        plot_curves(folder, rows, observations, f"{len(runs)} runs", wrong_labels=share)  # named beside the curves
     if studies:
         about = [_read(Path(study) / "summary.json", "methods", "a finished run") for study in studies]
         rows_of = {Path(study).name: Metrics.read(Path(study) / "observations.jsonl") for study in studies}
