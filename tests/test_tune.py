@@ -1,6 +1,7 @@
 """`experiments.tune` and `experiments.ablations` as a user meets them."""
 
 import dataclasses
+import inspect
 import json
 
 import jax.numpy as jnp
@@ -10,9 +11,11 @@ from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
 from experiments._config import Config, UsageError
+from experiments._methods import dln_arguments
 from experiments._setting import build_optimizer
 from experiments.presets import PRESETS, Preset
 from l2t_jax import data
+from l2t_jax.losses.dln import dln
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
 pytestmark = pytest.mark.usefixtures("small_lstm")
@@ -123,6 +126,13 @@ def test_an_option_is_changed_alone():
         name, _, text = value.partition("=")
         settings = dataclasses.replace(config.settings, **{name: _flags.parse_value("set", name, text)})
         assert settings != config.settings and cell == dataclasses.replace(config, settings=settings)
+
+
+def test_the_sheet_reaches_every_knob_of_the_dln():
+    settings = Preset(squash="identity", reduction="sum", residual=True, compress=3.0, dln_form="paper")
+    config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "paper", "lstm", 2, "auto", (0,), settings)
+    known = dict(form="paper", squash="identity", reduction="sum", residual=True, compress=3.0)
+    assert dln_arguments(config) == known and set(known) == set(inspect.signature(dln).parameters)
 
 
 def test_the_learning_rate_falls_and_long_gradients_are_clipped():
