@@ -72,7 +72,7 @@ ABLATIONS = {
             "student_clip=0",
             "student_schedule=constant",
             "dln_lr=0.001",
-            "compress=10",
+            "compress=0",
         ),
         {},
     ),

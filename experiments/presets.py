@@ -19,7 +19,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | second stage            | goes on        | starts again   | starts again       | starts again   | Alg. 1; code  |
 | DLN inputs, biases      | 2, biases      | 4, none        | 4, none            | 4, none        | Fig. 3; code  |
 | loss                    | DLN            | DLN            | CE + DLN, at zero  | as residual    | 5.2; code     |
-| pairs compressed beyond | never          | never          | never              | never          | 5.2; code     |
+| pairs compressed beyond | never          | never          | never              | 10             | 5.2; code     |
 | predictions             | sigmoid        | sigmoid        | softmax            | softmax        | code          |
 | LSTM preprocessing      | p = 10         | p = 10         | p = 10             | p = 10         | code          |
 | LSTM output             | T(d)           | T(d)           | (T(d) - T(-d)) / 2 | as residual    | Eq. 3; code   |
@@ -80,6 +80,7 @@ STABLE = dataclasses.replace(
     student_schedule="cosine",
     student_clip=1.0,
     dln_lr=1e-2,
+    compress=10.0,
     silent=True,
     window=5,
 )

@@ -62,18 +62,18 @@ def test_the_table_is_of_tuned_settings(tmp_path, monkeypatch):
     (tmp_path / "records").mkdir()
     monkeypatch.setattr(replication, "run_cell", run_cell)
     assert launch(replication, "--rounds=2", f"--workdir={tmp_path}") == 0
-    as_is = "digits_mlp_lstm_l2t_dln_as the preset is"
-    clean = {"digits_mlp_lstm_l2t_dln", "digits_mlp_adam_l2t_dln", as_is, f"digits_mlp_{CE}"}
-    assert clean < set(asked) and len(asked) == 4 + 6 + 6
-    for name, config in asked.items():
+    clean = {"digits_mlp_lstm_l2t_dln", "digits_mlp_adam_l2t_dln", f"digits_mlp_{CE}"}
+    assert clean < set(asked) and len(asked) == 3 + 5 + 5
+    for config in asked.values():
         labels = "clean" if config.noise is None else {"flip2": "flips"}.get(config.noise.kind, config.noise.kind)
         settings = config.settings
         given = settings.student_lr, settings.student_schedule, settings.student_clip
         (method,) = config.methods
-        assert given == ((0.3, "cosine", 1.0) if name.endswith("is") else TUNED["digits", "mlp", labels][method])
+        tuned = TUNED["digits", "mlp", labels] | {"l2t_dln": (0.3, "cosine", 1.0)}  # which is as the preset is
+        assert given == tuned[method]
         assert config.preset == "stable" and settings.window == 5 and len(config.seeds) == 5
     table = (tmp_path / "table.md").read_text()
-    assert "| L2T-DLN, LSTM, frozen (as the preset is) | 90.00 ± 7.00 |" in table and "\n- held: " in table
+    assert "| L2T-DLN, LSTM, frozen | 90.00 ± 7.00 |" in table and "\n- held: " in table
 
 
 @pytest.mark.parametrize(

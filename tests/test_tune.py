@@ -131,7 +131,7 @@ def test_an_option_is_changed_alone():
 def test_the_sheet_reaches_every_knob_of_the_dln():
     settings = Preset(squash="identity", reduction="sum", residual=True, compress=3.0, dln_form="paper")
     config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "paper", "lstm", 2, "auto", (0,), settings)
-    known = dict(form="paper", squash="identity", reduction="sum", residual=True, compress=3.0)
+    known = {"form": "paper", "squash": "identity", "reduction": "sum", "residual": True, "compress": 3.0}
     assert dln_arguments(config) == known and set(known) == set(inspect.signature(dln).parameters)
 
 
