@@ -78,9 +78,9 @@ flags.DEFINE_string(
 )
 flags.DEFINE_string(
     "preset",
-    "residual",
-    f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual a "
-    "version of it that was seen to be stable. Sets the defaults of the flags below.",
+    "stable",
+    f"{_choices(PRESETS)}. paper is Algorithm 1 to the letter, released what the authors' code does, residual what "
+    "keeps that from drifting, stable what pays where labels are wrong. Sets the defaults of the flags below.",
 )
 flags.DEFINE_string(
     "set",

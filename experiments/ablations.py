@@ -95,8 +95,6 @@ def _prepare() -> Noise | None:
     if FLAGS["method"].present:
         raise UsageError(f"--method is {' and '.join(METHODS)} here, which are compared: leave it out.")
     _cells.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
-    if chosen == "options":
-        _cells.set_defaults(preset="stable")
     return _labels.noise()
 
 

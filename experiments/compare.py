@@ -52,7 +52,7 @@ def _prepare() -> Noise | None:
     """Defaults of this module where shared flags were not given, and the noise of the table."""
     _groups.refuse_single()
     chosen = table(LABELS, "clean")
-    set_defaults(method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
+    set_defaults(preset="residual", method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
 
 

@@ -79,7 +79,7 @@ def _prepare() -> None:
     known = {f"--dataset={dataset} --student={student}": None for dataset, student, _ in TUNED}
     if (asked := f"--dataset={FLAGS.dataset} --student={FLAGS.student}") not in known:
         raise UsageError(f"{asked}: nothing was tuned for it; choose one of {', '.join(known)}.")
-    _cells.set_defaults(seeds="5", preset="stable", workdir=f"runs/replication_{FLAGS.dataset}")
+    _cells.set_defaults(seeds="5", workdir=f"runs/replication_{FLAGS.dataset}")
 
 
 def replicate(config: Config, options: Options) -> int:

@@ -64,10 +64,10 @@ def test_files_of_a_run(finished):
         assert method["wall_time_s"] > 0
     assert {"config", "environment", "command"} <= set(summary)  # a record that stands for itself
     assert summary["student_parameters"] == 64 * 8 + 8 + 8 * 10 + 10
-    assert (summary["dataset"], summary["preset"], summary["unroll_length"]) == ("digits", "residual", 2)
+    assert (summary["dataset"], summary["preset"], summary["unroll_length"]) == ("digits", "stable", 2)
 
     config = json.loads((finished / "config.json").read_text())
-    assert config["config"]["settings"]["dln_lr"] == PRESETS["residual"].dln_lr
+    assert config["config"]["settings"]["dln_lr"] == PRESETS["stable"].dln_lr
     assert config["config"]["dataset_sha256"] == data.load("digits").sha256
     assert {"versions", "git", "hardware"} <= set(config["environment"])
 
@@ -76,7 +76,8 @@ def test_files_of_a_run(finished):
         (m, s, r) for m in summary["methods"] for s in (0, 1) for r in range(3)
     ]
     taught = [r for r in rows if r["method"] == "l2t_dln"]
-    assert all(r["hypergradient_norm"] > 0 and r["dln_update_norm"] > 0 for r in taught)
+    assert all(r["hypergradient_norm"] > 0 for r in taught)
+    assert all((r["dln_update_norm"] > 0) == (r["round"] > 0) for r in taught)  # the LSTM is silent at first
     names = {p.name for p in (finished / "plots").iterdir()}
     assert {"validation_error.png", "validation_accuracy.png", "norms.png", "surfaces_l2t_dln_seed_0.png"} <= names
     assert list((finished / "tensorboard").rglob("events*"))
@@ -89,9 +90,7 @@ def test_methods_share_students_and_batches(finished):
     for seed in (0, 1):
         ours, plain = start[("l2t_dln", seed)], start[("cross_entropy", seed)]
         np.testing.assert_allclose(ours["validation_error_stage_one"], plain["validation_error"], rtol=1e-5)
-        assert start[("l2t_dln_transfer", seed)]["validation_error"] != pytest.approx(
-            plain["validation_error"], rel=1e-3
-        )
+        assert start[("l2t_dln_transfer", seed)]["dln_update_norm"] > 0 == ours["dln_update_norm"]  # it has learned
 
 
 def test_transfer_is_taught_by_the_frozen_teacher(finished):
@@ -124,7 +123,7 @@ def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     assert launch(classification, *SMALL, f"--workdir={finished}") == 2
     assert "pass --resume to go on with it" in capsys.readouterr().err
     assert launch(classification, *SMALL, f"--workdir={finished}", "--dln_lr=0.5", "--resume") == 2
-    assert "settings.dln_lr: there 0.001, asked 0.5" in capsys.readouterr().err
+    assert "settings.dln_lr: there 0.01, asked 0.5" in capsys.readouterr().err
     assert launch(classification, *SMALL, f"--workdir={finished}", "--resume") == 0
     assert (numbers(finished), (finished / "metrics.jsonl").read_bytes()) == before
 
