@@ -16,8 +16,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import _flags, classification
+from experiments._methods import method_names
+from experiments._setting import SCHEDULES
+from experiments.presets import PRESETS
 from l2t_jax import data, parallel
 from l2t_jax.losses import LOSSES, LossError, check_loss
+from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.parallel import SHARDS
+from l2t_jax.students import STUDENTS
+from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Loss
 
 many = settings(deadline=None, derandomize=True, suppress_health_check=list(HealthCheck), database=None)
@@ -34,7 +41,12 @@ def flag(name, values):
     return values.map(lambda value: f"--{name}={value}")
 
 
-unknown_name = text.filter(lambda x: not any(x == known for known in ("a", "b")))
+# Text may be a constant of our own code, so also a name that is right.
+KNOWN = {
+    *(*data.DATASETS, *STUDENTS, *method_names(), *PRESETS, *TEACHERS, *MEMORY_MODES),
+    *(*SHARDS, *_flags.SHORTCUTS, *SCHEDULES),
+}
+unknown_name = text.filter(lambda x: x.strip() not in KNOWN)
 BAD_FLAGS = st.one_of(
     *(flag(name, no_integer) for name in (*SIZES, *COUNTS)),
     *(flag(name, no_rate) for name in ("student_lr", "dln_lr", "teacher_lr")),
