@@ -9,8 +9,7 @@ from typing import Any
 from absl import flags
 
 from experiments._config import Config, Noise, Options, UsageError, fail
-from experiments._methods import TAUGHT, method_names
-from experiments._setting import SCHEDULES
+from experiments._methods import SCHEDULES, TAUGHT, method_names
 from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
 from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
@@ -23,6 +22,7 @@ from l2t_jax.teachers import TEACHERS, shipped
 SHORTCUTS = ["a", "b"]
 CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
     "student_schedule": SCHEDULES,
+    "teacher_schedule": SCHEDULES,
     "second_stage": STAGES,
     "reset_memory": RESET,
     "accept": ACCEPT,
@@ -124,6 +124,11 @@ flags.DEFINE_string(
 )
 flags.DEFINE_float("dln_lr", None, f"gamma, of the DLN's update. Default: {_by_preset('dln_lr')}.")
 flags.DEFINE_float("teacher_lr", None, f"Of the LSTM teacher's own Adam. Default: {_by_preset('teacher_lr')}.")
+flags.DEFINE_string(
+    "teacher_schedule",
+    None,
+    f"{_choices(SCHEDULES)}. Of its learning rate over all rounds. Default: {_by_preset('teacher_schedule')}.",
+)
 flags.DEFINE_string(
     "memory",
     "auto",

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import optax
 
 from experiments._config import Config, UsageError
+from experiments.presets import Preset
 from l2t_jax.losses import LOSSES, LossError, build_loss, check_loss, fixed_losses
 from l2t_jax.methods.ala import ala
 from l2t_jax.methods.common import on_validation, reborn, several
@@ -26,6 +27,10 @@ from l2t_jax.training import Schedule
 from l2t_jax.types import Loss, Method, Student, Task, Teacher
 
 DLF_TEACHER_LR = 0.01  # the demo's
+SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # first rate, steps -> the rate of each step
+    "constant": lambda rate, steps: rate,
+    "cosine": optax.cosine_decay_schedule,
+}
 
 
 class Entry(NamedTuple):
@@ -86,6 +91,11 @@ def build_dln(config: Config, classes: int) -> Loss:
     return build_loss("dln", classes, **dln_arguments(config))
 
 
+def build_teacher_optimizer(settings: Preset, rounds: int) -> optax.GradientTransformation:
+    """The LSTM teacher's own optimizer, for student lives of so many rounds: a step a round, through all lives."""
+    return optax.adam(SCHEDULES[settings.teacher_schedule](settings.teacher_lr, rounds * settings.lives))
+
+
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
     settings = parts.config.settings
     method = l2t_dln(
@@ -94,7 +104,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         _sound("l2t_dln", "dln", parts.classes, **dln_arguments(parts.config)),
         build_teacher(**teacher_arguments(parts.config)),
         parts.optimizer,
-        optax.adam(settings.teacher_lr),
+        build_teacher_optimizer(settings, parts.schedule.rounds),
         second_stage=settings.second_stage,
         reset_memory=settings.reset_memory,
         accept=settings.accept,

@@ -2,7 +2,6 @@
 
 import dataclasses
 import os
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments._config import Config, Options, UsageError
-from experiments._methods import Entry, Parts, build_entries
+from experiments._methods import SCHEDULES, Entry, Parts, build_entries
 from experiments.presets import Preset
 from l2t_jax import parallel
 from l2t_jax.data import Dataset
@@ -21,11 +20,6 @@ from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.training import Schedule
 from l2t_jax.types import Array, Student, Task
-
-SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # eta, student steps of the run -> eta of each
-    "constant": lambda eta, steps: eta,
-    "cosine": optax.cosine_decay_schedule,
-}
 
 
 class Setting(NamedTuple):

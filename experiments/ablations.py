@@ -73,6 +73,7 @@ ABLATIONS = {
             "student_schedule=constant",
             "dln_lr=0.001",
             "compress=0",
+            "teacher_schedule=constant",
         ),
         {},
     ),

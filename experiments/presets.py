@@ -12,6 +12,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | clip of its gradient    | none           | none           | none               | norm 1         | 5.1; code     |
 | gamma, sign of its step | 1e-3, plus     | 1e-3, minus    | 1e-3, minus        | 1e-2, minus    | Eq. 3; code   |
 | teacher                 | Adam 1e-3      | Adam 1e-3      | Adam 1e-2          | Adam 1e-2      | 5.1           |
+| teacher's learning rate | constant       | constant       | constant           | cosine         | 5.1; code     |
 | unroll length N         | 25             | 15             | 25                 | 25             | 5.2; code     |
 | batch, validation batch | 25, 100        | 25, 100        | 25, 100            | 25, 100        | 5.2           |
 | epochs                  | 10             | 10             | 20                 | 20             | 5.1           |
@@ -52,6 +53,7 @@ class Preset:
     student_clip: float = 0.0
     dln_lr: float = 1e-3
     teacher_lr: float = 1e-3
+    teacher_schedule: str = "constant"
     second_stage: str = "continue"
     dln_form: str = "paper"
     squash: str = "sigmoid"
@@ -81,6 +83,7 @@ STABLE = dataclasses.replace(
     student_clip=1.0,
     dln_lr=1e-2,
     compress=10.0,
+    teacher_schedule="cosine",
     silent=True,
     window=5,
 )

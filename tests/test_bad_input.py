@@ -16,8 +16,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import _flags, classification
-from experiments._methods import method_names
-from experiments._setting import SCHEDULES
+from experiments._methods import SCHEDULES, method_names
 from experiments.presets import PRESETS
 from l2t_jax import data, parallel
 from l2t_jax.losses import LOSSES, LossError, check_loss
@@ -55,6 +54,7 @@ BAD_FLAGS = st.one_of(
     flag("seeds", st.sampled_from(["0", "-1", "x", "1.5", "1,1", "0,-1", ",", "1,x", "99999999999,", " "])),
     flag("held_out", st.sampled_from(["-0.1", "0.95", "x", "nan"])),
     flag("student_schedule", unknown_name),
+    flag("teacher_schedule", unknown_name),
     flag("set", st.sampled_from(["squash", "squash=", "odd=1", "x=1", "unroll_length=1.5", "odd=true,odd=true"])),
     flag("set", st.sampled_from(["update_sign=2", "student_lr=0", "epochs=0", "base=lstm", "preprocess=x", "=1"])),
     flag("checkpoint_seconds", st.sampled_from(["-1", "x"])),

@@ -293,6 +293,7 @@ def test_the_sheet_in_the_docstring_is_the_code():
         gamma, sign = rows["gamma, sign of its step"][name].split(", ")
         assert float(gamma) == preset.dln_lr and sign == {1: "plus", -1: "minus"}[preset.update_sign]
         assert rows["its learning rate"][name] == preset.student_schedule
+        assert rows["teacher's learning rate"][name] == preset.teacher_schedule
         assert rows["clip of its gradient"][name] == (
             f"norm {preset.student_clip:g}" if preset.student_clip else "none"
         )

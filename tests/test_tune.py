@@ -11,7 +11,7 @@ from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
 from experiments._config import Config, UsageError
-from experiments._methods import dln_arguments
+from experiments._methods import build_teacher_optimizer, dln_arguments
 from experiments._setting import build_optimizer
 from experiments.presets import PRESETS, Preset
 from l2t_jax import data
@@ -149,6 +149,18 @@ def test_the_learning_rate_falls_and_long_gradients_are_clipped():
     np.testing.assert_allclose(optimizer.update(short, optimizer.init(short))[0], -0.2 * short, rtol=1e-6)
     plain = build_optimizer(Preset(student_lr=0.2), 4)
     np.testing.assert_allclose(plain.update(gradient, plain.init(gradient))[0], -0.2 * gradient)
+
+
+def test_the_teachers_learning_rate_falls_over_all_its_lives():
+    """A constant gradient makes every step of Adam as long as its rate: 0.2 (1 + cos(pi r / R)) / 2, R = 2 x 3."""
+    for schedule, factors in (("cosine", (1 + np.cos(np.pi * np.arange(6) / 6)) / 2), ("constant", np.ones(6))):
+        optimizer = build_teacher_optimizer(Preset(teacher_lr=0.2, teacher_schedule=schedule, lives=3), 2)
+        gradient, steps = jnp.array(3.0), []
+        state = optimizer.init(gradient)
+        for _ in range(6):
+            update, state = optimizer.update(gradient, state)
+            steps.append(-update)
+        np.testing.assert_allclose(steps, 0.2 * factors, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
