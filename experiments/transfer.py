@@ -1,6 +1,6 @@
 """Trained teachers where they were not trained: other data, students, noise and numbers of classes.
 
-  python -m experiments.transfer --sources=shipped:digits_flips_compressed --datasets=mnist --data_dir=DIR
+  python -m experiments.transfer --sources=shipped:digits_flips --datasets=mnist --data_dir=DIR
   python -m experiments.transfer --sources=runs/one,runs/other --labels=noisy --noise=uniform --noise_ratio=0.6
 
 Every source is a shipped teacher or the directory of a run of l2t_dln (whose teachers of the same seeds are taken).
