@@ -63,6 +63,7 @@ TUNED: dict[tuple[str, str, str], dict[str, Tuned]] = {
 LSTM, FROZEN = "L2T-DLN, LSTM, online", "L2T-DLN, LSTM, frozen"
 
 Rows = dict[str, dict[str, Any]]  # name -> the method's part of a record
+Found = dict[str, tuple[str, Rows, dict[str, Any]]]  # title -> kind of labels, rows, a record
 
 
 def main(argv: list[str]) -> None:
@@ -85,24 +86,38 @@ def _prepare() -> None:
 def replicate(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table."""
     root, code = Path(options.workdir), 0
-    found: dict[str, tuple[str, Rows, dict[str, Any]]] = {}
-    for labels in (
-        labels for dataset, student, labels in TUNED if (dataset, student) == (config.dataset, config.student)
-    ):
-        group = dataclasses.replace(config, noise=LABELS[labels])
+    for group, labels in groups(config):
         load = _cells.loader(group, options)
+        for method, cell in cells(group, labels):
+            code |= run_cell(_name(method, cell), group_of(cell), cell, options, load)
+    (root / "table.md").write_text(markdown(recorded(root, config)))
+    print(f"Files: {root} (table.md, records/)")
+    return code
+
+
+def recorded(root: Path, config: Config) -> Found:
+    """What the records of a finished table say."""
+    found: Found = {}
+    for group, labels in groups(config):
         rows: Rows = {}
         for method, cell in cells(group, labels):
-            path = "_".join(filter(None, (group_of(cell), cell.teacher if method == DLN else "", method)))
-            code |= run_cell(path, group_of(cell), cell, options, load)
-            record: dict[str, Any] = json.loads((root / "records" / f"{path}.json").read_text())
+            record: dict[str, Any] = json.loads((root / "records" / f"{_name(method, cell)}.json").read_text())
             teacher = {"lstm": "LSTM", "adam": "Adam"}[cell.teacher]
             taught = [f"L2T-DLN, {teacher}, {protocol}" for protocol in ("online", "frozen")]
             rows |= dict(zip(taught if method == DLN else [method], record["methods"].values(), strict=True))
         found[name_of(setup_of(record))] = labels, rows, record
-    (root / "table.md").write_text(markdown(found))
-    print(f"Files: {root} (table.md, records/)")
-    return code
+    return found
+
+
+def groups(config: Config) -> list[tuple[Config, str]]:
+    """A config for every kind of labels, and the name of the kind."""
+    kinds = [labels for dataset, student, labels in TUNED if (dataset, student) == (config.dataset, config.student)]
+    return [(dataclasses.replace(config, noise=LABELS[labels]), labels) for labels in kinds]
+
+
+def _name(method: str, cell: Config) -> str:
+    """Of a cell's record."""
+    return "_".join(filter(None, (group_of(cell), cell.teacher if method == DLN else "", method)))
 
 
 def cells(group: Config, labels: str) -> list[tuple[str, Config]]:
@@ -115,7 +130,7 @@ def cells(group: Config, labels: str) -> list[tuple[str, Config]]:
     return found
 
 
-def markdown(found: dict[str, tuple[str, Rows, dict[str, Any]]]) -> str:
+def markdown(found: Found) -> str:
     """The tables as text: a section for each kind of labels, the rows, then what was promised."""
     some = next(iter(found.values()))[2]
     lines = [

@@ -7,14 +7,17 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from experiments import _flags, _methods, _tables, classification
+from experiments import _flags, _methods, _tables, classification, replication
+from experiments._config import Config
 from experiments._report import percent
+from experiments.presets import PRESETS
 from l2t_jax import losses, students
 
-TABLES = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("compare_*"))
-RECORDS = sorted((Path(__file__).parents[1] / "experiments" / "results").glob("*.json"))
-README = (Path(__file__).parents[1] / "README.md").read_text()
-PAGES = [Path(__file__).parents[1] / "README.md", *sorted((Path(__file__).parents[1] / "docs").glob("*.md"))]
+ROOT = Path(__file__).parents[1]
+TABLES = sorted((ROOT / "experiments" / "results").glob("compare_*"))
+RECORDS = sorted((ROOT / "experiments" / "results").glob("*.json"))
+README = (ROOT / "README.md").read_text()
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 
 @pytest.fixture
@@ -87,3 +90,18 @@ def test_comparison_tables_are_their_records(folder):
         for setup, cell in zip(setups, cells, strict=True):
             rows = next(rows for found, rows in groups.items() if _tables.name_of(found) == setup)
             assert cell == next((percent(row.accuracy) for row in rows if row.method == method), ""), (method, setup)
+
+
+@pytest.mark.parametrize("dataset", ["digits", "mnist"])
+def test_replication_tables_are_their_records(dataset):
+    """table.md is what its records say, and so are the rows of README and docs."""
+    folder = ROOT / "experiments" / "results" / f"replication_{dataset}"
+    given = {"dataset": dataset, "student": "mlp", "width": None, "shortcut": "a", "head_grid": 1, "rounds": None}
+    stable = {"preset": "stable", "settings": PRESETS["stable"], "teacher": "lstm", "methods": ("l2t_dln",)}
+    found = replication.recorded(folder, Config(**given, **stable, memory="auto", seeds=(0,)))
+    assert (folder / "table.md").read_text() == replication.markdown(found)
+    columns = [rows for _, rows, _ in found.values()]
+    for page in (README, (ROOT / "docs" / "replication.md").read_text()):
+        for name in {name for rows in columns for name in rows}:
+            cells = [percent(rows[name]["test_accuracy"]) if name in rows else "" for rows in columns]
+            assert f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" in page
