@@ -127,7 +127,7 @@ flags.DEFINE_float("teacher_lr", None, f"Of the LSTM teacher's own Adam. Default
 flags.DEFINE_string(
     "teacher_schedule",
     None,
-    f"{_choices(SCHEDULES)}. Of its learning rate over all rounds. Default: {_by_preset('teacher_schedule')}.",
+    f"{_choices(SCHEDULES)}. That rate over all rounds; cosine falls to 0. Default: {_by_preset('teacher_schedule')}.",
 )
 flags.DEFINE_string(
     "memory",
