@@ -65,8 +65,9 @@ class Parts(NamedTuple):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Where and how a hypergradient is computed."""
-        return {"memory": self.config.memory, "axis_name": self.layout.axis_name, "at_once": self.layout.seeds}
+        """Where and how a hypergradient is computed; before the first round its gradients are checked."""
+        how = {"memory": self.config.memory, "axis_name": self.layout.axis_name, "at_once": self.layout.seeds}
+        return how | {"check_gradient": True}
 
 
 def teacher_arguments(config: Config) -> dict[str, Any]:

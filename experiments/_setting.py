@@ -15,6 +15,7 @@ from experiments.presets import Preset
 from l2t_jax import parallel
 from l2t_jax.data import Dataset
 from l2t_jax.methods.l2t_dln import STAGES
+from l2t_jax.optimizers import clip_by_global_norm
 from l2t_jax.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
@@ -74,7 +75,7 @@ def build_student(config: Config, dataset: Dataset, axis_name: str | None = None
 def build_optimizer(settings: Preset, steps: int) -> optax.GradientTransformation:
     """The student's optimizer, for a run of so many student steps."""
     sgd = optax.sgd(SCHEDULES[settings.student_schedule](settings.student_lr, steps))
-    return optax.chain(optax.clip_by_global_norm(settings.student_clip), sgd) if settings.student_clip else sgd
+    return optax.chain(clip_by_global_norm(settings.student_clip), sgd) if settings.student_clip else sgd
 
 
 def build_schedule(config: Config, dataset: Dataset) -> Schedule:

@@ -24,14 +24,16 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal
 
+from l2t_jax.inputs import length_of
+from l2t_jax.second_order import gradient_gap, linearized_gradient, mixed_gradient
 from l2t_jax.types import Array, PyTree, StudentState
-from l2t_jax.unroll import Gradient, InnerLoss, Step, Unroll, plain_gradient, student_step, unroll
+from l2t_jax.unroll import InnerLoss, Step, Unroll, plain_gradient, student_step, unroll
 
 logger = logging.getLogger(__name__)
 
+FORWARD = ("mixed", "linearize", "nested")  # forward over reverse: they need a gradient that is one
 FITS = 0.5  # the share of the device's memory that what is kept over an unroll may take before "auto" nests
 
 
@@ -70,7 +72,7 @@ def _nested(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name
     step = _mixed(inner, optimizer, axis_name)
 
     def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
-        count, size = segments(_length(batches))
+        count, size = segments(length_of(batches))
 
         def segment(state: StudentState, begin: Array | int, length: int) -> tuple[StudentState, Array]:
             # Sliced here, so that the batches of one segment are copied at a time and not those of all.
@@ -80,7 +82,7 @@ def _nested(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name
         again = jax.checkpoint(partial(segment, length=size), prevent_cse=False)
         state, losses = lax.scan(again, state, size * jnp.arange(count))
         # The last segment is differentiated first, so nothing is gained by computing it again.
-        state, last = segment(state, count * size, _length(batches) - count * size)
+        state, last = segment(state, count * size, length_of(batches) - count * size)
         return state, jnp.concatenate([losses.reshape(-1), last])
 
     return run
@@ -92,28 +94,59 @@ def segments(length: int) -> tuple[int, int]:
     return (length - 1) // size, size
 
 
-def auto(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name: str | None, at_once: int = 1) -> Unroll:
-    """Choose by what each mode would keep, and say so; `at_once` unrolls share a device (vmap, which is not seen)."""
-    explained = set()
+def auto(
+    inner: InnerLoss,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None,
+    at_once: int = 1,
+    check_gradient: bool = False,
+) -> Unroll:
+    """Choose by what each mode would keep, and say so; `at_once` unrolls share a device (vmap, which is not seen).
+
+    Modes that cannot differentiate this inner loss are left out, as are, with `check_gradient`, those that would be
+    wrong since a custom derivative in it is not its derivative.
+    """
+    explained, found = set(), {}
 
     @cache  # each mode's step is traced to know it, and a method differentiates two stages of the same shapes
-    def predicted(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> dict[str, float]:
-        return kept_bytes(inner, optimizer, axis_name, *jax.tree.unflatten(structure, leaves))
+    def predicted(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[dict[str, float], str]:
+        return _predict(inner, optimizer, axis_name, *jax.tree.unflatten(structure, leaves))
 
     def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
+        length = length_of(batches)
         leaves, structure = jax.tree.flatten((state, loss_params, batches))
-        kept = predicted(structure, tuple(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves))
+        known = structure, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
+        kept, why = predicted(*known)
+        if check_gradient and "mixed" in kept:
+            if known not in found:
+                found[known] = untrue(inner, axis_name, state, loss_params, batches)
+            if found[known]:
+                kept, why = {name: size for name, size in kept.items() if name not in FORWARD}, found[known]
         available = device_bytes() / at_once
         mode = choose(kept, available)
         sizes = ", ".join(f"{name} {_mib(size)}" for name, size in kept.items())
-        line = f"memory mode auto takes {mode} for N = {_length(batches)}; predicted MiB to keep: {sizes}"
+        line = f"memory mode auto takes {mode} for N = {length}; predicted MiB to keep: {sizes}"
         if line not in explained:
             explained.add(line)
             shared = f", for each of {at_once} at once" if at_once > 1 else ""
-            logger.info("%s; the device has %s%s", line, _mib(available), shared)
+            without = f"; not {', '.join(sorted({*STEPS, 'nested'} - kept.keys()))}: {why}" if why else ""
+            logger.info("%s; the device has %s%s%s", line, _mib(available), shared, without)
         return MEMORY_MODES[mode](inner, optimizer, axis_name)(state, loss_params, batches)
 
     return run
+
+
+def untrue(inner: InnerLoss, axis_name: str | None, state: StudentState, loss_params: PyTree, batches: PyTree) -> str:
+    """Why the modes that are forward over reverse would be wrong for this inner loss, "" if they are right.
+
+    Args: as in `kept_bytes`.
+    """
+    first = jax.tree.map(lambda x: x[0], batches)
+    gap = gradient_gap(inner, state.params, state.batch_stats, loss_params, first, axis_name=axis_name)
+    precision = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(state.params))
+    if gap <= min(0.3, 30 * math.sqrt(precision)):
+        return ""
+    return f"a custom derivative in the inner loss is not its derivative (off by {100 * gap:.2g} %)"
 
 
 def _mib(size: float) -> str:
@@ -125,8 +158,10 @@ def choose(kept: dict[str, float], available: float) -> str:
 
     The faster of save and mixed is, measured, the one that keeps less; linearize keeps what save does.
     """
-    fastest = "save" if kept["save"] <= kept["mixed"] else "mixed"
-    return fastest if kept[fastest] <= FITS * available else "nested"
+    fastest = min((name for name in ("save", "mixed") if name in kept), key=lambda name: kept[name])
+    if kept[fastest] <= FITS * available:
+        return fastest
+    return next((name for name in ("nested", "remat") if name in kept), fastest)
 
 
 def kept_bytes(
@@ -143,22 +178,44 @@ def kept_bytes(
       inner, optimizer, axis_name: as in `hypergradient`.
       state, loss_params, batches (leaves [N, B, ...]): arrays, tracers or `jax.ShapeDtypeStruct`s.
     Returns:
-      mode -> bytes. What the batches and the loss parameters occupy anyway is not counted, nor is the working memory of
+      mode -> bytes, without the modes that cannot differentiate this inner loss. What the batches and the loss
+      parameters occupy anyway is not counted, nor is the working memory of
       a single step, except that of "remat", where it is the memory of the gradient that is computed again. "nested"
       copies the batches of two segments: of the last one, and of the one it computes again.
     """
+    return _predict(inner, optimizer, axis_name, state, loss_params, batches)[0]
+
+
+def _predict(
+    inner: InnerLoss,
+    optimizer: optax.GradientTransformation,
+    axis_name: str | None,
+    state: StudentState,
+    loss_params: PyTree,
+    batches: PyTree,
+) -> tuple[dict[str, float], str]:
+    """What `kept_bytes` says, and why a mode is not among them: no forward mode, or effects; "" if all are."""
     first = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), batches)
-    step = {
-        name: _residual_bytes(build(inner, optimizer, axis_name), state, loss_params, first)
-        for name, build in STEPS.items()
-    }
+    step, why = {}, ""
+    for name, build in STEPS.items():
+        try:
+            step[name] = _residual_bytes(build(inner, optimizer, axis_name), state, loss_params, first)
+        except Exception as error:
+            if name == "save":  # which any loss that has a hypergradient can be differentiated in
+                raise
+            why = why or str(error).splitlines()[0]
+    if "linearize" not in step:
+        step.pop("mixed", None)  # whose forward pass can be traced all the same
     carried = sum(_bytes(leaf) for leaf in jax.tree.leaves(state))
-    length = _length(batches)
+    length = length_of(batches)
     count, size = segments(length)
     kept = {name: length * size for name, size in step.items()}
-    kept["remat"] += step["save"]
-    copied = sum(_bytes(leaf) for leaf in jax.tree.leaves(first))
-    return kept | {"nested": count * carried + size * (step["mixed"] + 2 * copied)}
+    if "remat" in kept:
+        kept["remat"] += step["save"]
+    if {"mixed", "remat"} <= step.keys():
+        copied = sum(_bytes(leaf) for leaf in jax.tree.leaves(first))
+        kept["nested"] = count * carried + size * (step["mixed"] + 2 * copied)
+    return kept, why
 
 
 def _residual_bytes(step: Step, state: StudentState, loss_params: PyTree, batch: PyTree) -> float:
@@ -178,10 +235,6 @@ def _bytes(x: Any) -> int:
     return math.prod(x.shape) * (0 if x.dtype == jax.dtypes.float0 else x.dtype.itemsize)
 
 
-def _length(batches: PyTree) -> int:
-    return jax.tree.leaves(batches)[0].shape[0]
-
-
 def device_bytes() -> float:
     """The memory of one device: the allocator's limit, or for a CPU the machine's memory."""
     statistics: dict[str, int] = jax.local_devices()[0].memory_stats() or {}
@@ -197,135 +250,3 @@ MEMORY_MODES: dict[str, Callable[[InnerLoss, optax.GradientTransformation, str |
     "nested": _nested,
     "auto": auto,
 }
-
-
-def mixed_gradient(inner: InnerLoss) -> Gradient:
-    """The student's gradient with a derivative of its own: forward over reverse, keeping only its arguments.
-
-    The adjoint of g = dL/dtheta needs u^T d2L/dtheta2 and u^T d2L/dtheta dphi. Partial derivatives commute, so both
-    are the tangent of d/d(theta, phi) L along u in theta: one Jacobian-vector product of the gradient, which stores
-    nothing of the backward pass. Cotangents of the loss and of the new batch statistics ride along as tangents of
-    the weights of these two outputs.
-
-    Raises (when differentiated):
-      ValueError: the derivative is asked with respect to the batch, which is kept constant here.
-    Limit: partial derivatives commute only if the gradient is one. Where a `jax.custom_vjp` inside the loss returns
-    something else (a straight-through estimator, a clipped gradient), use memory="save" or "remat".
-    """
-
-    def forward(pull: Pull, params: list[Array], weights: list[Array], arguments: Any) -> tuple[Any, Any, Any]:
-        return *pull(params, weights, arguments), (params, weights, arguments)
-
-    def backward(pull: Pull, kept: Any, u: tuple[list[Array], list[Array]]) -> list[Array]:
-        params, weights, arguments = kept
-        return jax.jvp(partial(pull, arguments=arguments), (params, weights), u, has_aux=True)[1]
-
-    return _with_derivative(inner, forward, backward)
-
-
-def linearized_gradient(inner: InnerLoss) -> Gradient:
-    """The student's gradient with the derivative of `mixed_gradient`, linearised on the way forward.
-
-    What is kept is what the linear map u -> d2L/d(theta, phi)dtheta u reads, so nothing is computed again. For wide
-    dense layers that is much less than theta: the map reads activations and no first-layer kernel.
-
-    Raises and limit: as `mixed_gradient`.
-    """
-
-    def forward(pull: Pull, params: list[Array], weights: list[Array], arguments: Any) -> tuple[Any, Any, Any]:
-        derivatives, push, results = jax.linearize(partial(pull, arguments=arguments), params, weights, has_aux=True)
-        return derivatives, results, push
-
-    def backward(pull: Pull, push: Any, u: tuple[list[Array], list[Array]]) -> list[Array]:
-        return push(*u)
-
-    return _with_derivative(inner, forward, backward)
-
-
-# (leaves of theta, weights of the float outputs of the inner loss, all its arguments) -> derivatives of the weighed sum
-# with respect to all float arguments but the batch, those of theta first; what the inner loss returns
-Pull = Callable[..., tuple[list[Array], Any]]
-
-
-def _with_derivative(
-    inner: InnerLoss, forward: Callable[[Pull, list[Array], list[Array], Any], Any], backward: Callable[..., Any]
-) -> Gradient:
-    """The student's gradient with a derivative made of two halves, which see lists of floats and no symbolic zeros.
-
-    Args:
-      forward: (pull, leaves of theta, weights, arguments) -> what pull returns, what backward needs.
-      backward: (pull, that, (cotangents of the gradient, of the float outputs of inner)) -> cotangents of the floats.
-    """
-
-    def gradient(
-        params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree
-    ) -> tuple[PyTree, Array, PyTree]:
-        floats, others, merge = _partition((params, batch_stats, loss_params))
-        leaves, structure = jax.tree.flatten(params)
-        count = len(leaves)
-
-        def outputs(floats: list[Array], others: list[Array], batch: PyTree) -> tuple[list[Array], Any]:
-            params, stats, phi = merge(floats, others)
-            results = inner(params, stats, phi, batch)
-            return _partition(results)[0], results
-
-        def pull(params: list[Array], weights: list[Array], arguments: Any) -> tuple[list[Array], Any]:
-            floats, *constants = arguments
-            _, vjp, results = jax.vjp(
-                lambda x: outputs(x, constants[0], constants[1]), [*params, *floats[count:]], has_aux=True
-            )
-            return vjp(weights)[0], results
-
-        def weights(arguments: Any) -> list[Array]:  # those of the student's gradient: of the loss alone
-            loss, *rest = jax.eval_shape(outputs, *arguments)[0]
-            return [jnp.ones(loss.shape, loss.dtype), *(jnp.zeros(x.shape, x.dtype) for x in rest)]
-
-        def plain(*arguments: Any) -> tuple[list[Array], Any]:
-            derivatives, results = pull(arguments[0][:count], weights(arguments), arguments)
-            return derivatives[:count], results
-
-        def kept(*primals: Any) -> tuple[Any, Any]:
-            if any(jax.tree.leaves(jax.tree.map(lambda p: p.perturbed, primals[2], is_leaf=_is_primal))):
-                raise ValueError(
-                    "This memory mode holds the batch constant but its derivative was asked for; "
-                    'move it into the loss parameters, or use memory="save" or "remat".'
-                )
-            arguments = jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal)
-            derivatives, results, kept = forward(pull, arguments[0][:count], weights(arguments), arguments)
-            return (derivatives[:count], results), kept
-
-        def adjoint(kept: Any, cotangents: Any) -> tuple[list[Array], None, None]:
-            u_gradient, u_results = jax.tree.map(_instantiate, cotangents, is_leaf=_is_zero)
-            return backward(pull, kept, (u_gradient, _partition(u_results)[0])), None, None
-
-        function = jax.custom_vjp(plain)
-        function.defvjp(kept, adjoint, symbolic_zeros=True)
-        grads, (loss, stats) = function(floats, others, batch)
-        return jax.tree.unflatten(structure, grads), loss, stats
-
-    return gradient
-
-
-def _partition(tree: PyTree) -> tuple[list[Array], list[Array], Callable[[list[Array], list[Array]], Any]]:
-    """Divide the leaves of a tree into floats and others; the third result puts such lists together again."""
-    leaves, structure = jax.tree.flatten(tree)
-    is_float = [jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in leaves]
-
-    def merge(floats: list[Array], others: list[Array]) -> PyTree:
-        float_leaves, other_leaves = iter(floats), iter(others)
-        return jax.tree.unflatten(structure, [next(float_leaves if x else other_leaves) for x in is_float])
-
-    parts = [[leaf for leaf, x in zip(leaves, is_float, strict=True) if x is wanted] for wanted in (True, False)]
-    return parts[0], parts[1], merge
-
-
-def _instantiate(cotangent: Any) -> Any:
-    return jnp.zeros(cotangent.shape, cotangent.dtype) if _is_zero(cotangent) else cotangent
-
-
-def _is_zero(x: Any) -> bool:
-    return isinstance(x, SymbolicZero)
-
-
-def _is_primal(x: Any) -> bool:
-    return isinstance(x, jax.custom_derivatives.CustomVJPPrimal)

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
+from l2t_jax.inputs import as_arrays, check_carried, check_floats, check_inner, check_outer, length_of
 from l2t_jax.types import Array, Batch, Loss, PyTree, Student, StudentState, Task
 
 # (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
@@ -74,9 +75,14 @@ def outer_objective(student: Student, task: Task) -> OuterError:
 
 
 def init_state(variables: dict[str, PyTree], optimizer: optax.GradientTransformation) -> StudentState:
-    """Make the state that an unroll carries from {"params": ..., "batch_stats": ... (optional)}."""
-    params = variables["params"]
-    return StudentState(params, variables.get("batch_stats", {}), optimizer.init(params))
+    """Make the state that an unroll carries from {"params": ..., "batch_stats": ... (optional)}.
+
+    Raises:
+      ValueError: a parameter is not an array of floats (or a Python float), a statistic is not an array.
+    """
+    params = as_arrays(variables["params"], "params")
+    check_floats(params, "params")
+    return StudentState(params, as_arrays(variables.get("batch_stats", {}), "batch_stats"), optimizer.init(params))
 
 
 def plain_gradient(inner: InnerLoss) -> Gradient:
@@ -85,7 +91,11 @@ def plain_gradient(inner: InnerLoss) -> Gradient:
     def gradient(
         params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree
     ) -> tuple[PyTree, Array, PyTree]:
-        (loss, stats), grads = jax.value_and_grad(inner, has_aux=True)(params, batch_stats, loss_params, batch)
+        def checked(params: PyTree) -> tuple[Array, PyTree]:
+            return check_inner(inner(params, batch_stats, loss_params, batch), params, batch_stats)
+
+        check_floats(params, "params")
+        (loss, stats), grads = jax.value_and_grad(checked, has_aux=True)(params)
         return grads, loss, stats
 
     return gradient
@@ -119,8 +129,18 @@ def unroll(step: Step, state: StudentState, loss_params: PyTree, batches: PyTree
 
     Returns:
       the state after N steps, and the losses [N] before each of them.
+    Raises:
+      ValueError: batches do not have one leading N, or a step changes shapes or dtypes of the state.
     """
-    return lax.scan(lambda carry, batch: step(carry, loss_params, batch), state, batches)
+    length_of(batches)
+
+    def checked(before: StudentState, batch: PyTree) -> tuple[StudentState, Array]:
+        after, loss = step(before, loss_params, batch)
+        check_carried(before.optimizer_state, after.optimizer_state, "the student's optimizer", "its state")
+        check_carried(before.params, after.params, "the student's optimizer", "params")
+        return after, loss
+
+    return lax.scan(checked, state, batches)
 
 
 def unrolled_error(
@@ -136,7 +156,7 @@ def unrolled_error(
         phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree
     ) -> tuple[Array, tuple[StudentState, Array, PyTree]]:
         state, losses = run(state, phi, batches)
-        error, metrics = outer(state.params, state.batch_stats, validation)
+        error, metrics = check_outer(outer(state.params, state.batch_stats, validation))
         return error, (state, losses, metrics)
 
     return objective

@@ -8,13 +8,14 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # lowest first; rooms of one layer do not import each other, except within a package
     {"types"},
-    {"convolution"},
+    {"convolution", "inputs", "optimizers"},
     {"losses", "students"},
     {"teachers"},
     {"data", "order"},
     {"noise"},
     {"tasks"},
     {"unroll"},
+    {"second_order"},
     {"memory"},
     {"hypergradient"},
     {"methods"},

@@ -109,12 +109,14 @@ def test_what_is_predicted_is_what_the_compiler_keeps(name, mode, optimizer, len
 
 
 def test_choice_by_what_is_kept_and_what_is_there():
-    small, large = {"save": 3.0, "mixed": 4.0}, {"save": 5.0, "mixed": 4.0}
+    small, large = {"save": 3.0, "mixed": 4.0, "nested": 1.0}, {"save": 5.0, "mixed": 4.0, "nested": 1.0}
     assert (choose(small, 1e9), choose(large, 1e9)) == ("save", "mixed")
     assert choose({"save": 4.0, "mixed": 4.0}, 1e9) == "save"  # nothing is computed again
     for kept, fastest in ((small, "save"), (large, "mixed")):
         assert choose(kept, kept[fastest] / FITS) == fastest
         assert choose(kept, 0.99 * kept[fastest] / FITS) == "nested"
+    only_reverse = {"save": 5.0, "remat": 4.0}  # a loss that cannot be differentiated forward
+    assert (choose(only_reverse, 10.0), choose(only_reverse, 9.9)) == ("save", "remat")
 
 
 @pytest.mark.parametrize("fits", [True, False])

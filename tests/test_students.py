@@ -303,3 +303,14 @@ def test_resnet_errors() -> None:
 def test_integer_inputs_are_refused() -> None:
     with pytest.raises(ValueError, match="uint8"):
         STUDENTS["mlp"](num_classes=10).init(jax.random.key(0), jnp.zeros((2, 4), jnp.uint8))
+
+
+@pytest.mark.parametrize(("offset", "tolerance"), [(0, 2e-6), (100, 1e-4), (1000, 1e-3)])
+def test_batch_norm_of_inputs_far_from_zero(offset, tolerance):
+    """In float32, of inputs so many deviations from zero: E x^2 - (E x)^2 would be off by 2e-3 and 0.6."""
+    x = (np.random.default_rng(0).normal(size=(100, 8)) + offset).astype(np.float32)
+    norm = layers.batch_norm(True, None, name="norm")
+    ours, _ = norm.apply(norm.init(jax.random.key(0), x), x, mutable=["batch_stats"])
+    exact = x.astype(np.float64)
+    expected = (exact - exact.mean(0)) / np.sqrt(exact.var(0) + 1e-5)
+    np.testing.assert_allclose(ours, expected, atol=tolerance)

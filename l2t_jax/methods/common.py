@@ -39,8 +39,18 @@ from l2t_jax.unroll import (
 )
 
 
-def stage(batches: RoundBatches, s: int) -> tuple[Batch, Batch]:
-    """The training batches (leaves [N, B, ...]) and the validation batch (leaves [V, ...]) of stage s."""
+def stage(batches: RoundBatches, s: int, stages: int = 1) -> tuple[Batch, Batch]:
+    """The training batches (leaves [N, B, ...]) and the validation batch (leaves [V, ...]) of stage s.
+
+    Raises:
+      ValueError: a leaf has not the leading size S that the method reads.
+    """
+    for x in jax.tree.leaves((batches.train, batches.validation)):
+        if x.ndim < 2 or x.shape[0] != stages:
+            raise ValueError(
+                f"a round's data have a leaf {list(x.shape)}: this method reads {stages} stages, train leaves "
+                f"[{stages}, N, B, ...] and validation leaves [{stages}, V, ...]."
+            )
     return jax.tree.map(lambda x: x[s], (batches.train, batches.validation))
 
 

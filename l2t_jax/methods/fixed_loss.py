@@ -92,7 +92,7 @@ def fixed_loss(
         (both, count), losses = lax.scan(take, (start, state.memory["steps"]), train)
         params, phi = apart(both.params, state.loss)
         theta = both._replace(params=params)
-        error, metrics = outer(theta.params, theta.batch_stats, stage(batches, -1)[1])
+        error, metrics = outer(theta.params, theta.batch_stats, stage(batches, -1, stages)[1])
         error, losses, metrics = mean_over(axis_name, (error, losses, metrics))
         return state._replace(student=theta, loss=phi, memory={"steps": count}), {
             "train_loss": jnp.mean(losses),

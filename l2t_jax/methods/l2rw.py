@@ -28,6 +28,7 @@ def l2rw(
     memory: str = "auto",
     axis_name: str | None = None,
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build L2RW: weights of one step only, that nothing remembers.
 
@@ -44,7 +45,7 @@ def l2rw(
     Args:
       student, task: the records that are composed; validation examples should be clean.
       student_optimizer: of the kept step, any optax transformation; where all weights are 0 its momentum still moves.
-      memory, axis_name, at_once: as in `hypergradient`.
+      memory, axis_name, at_once, check_gradient: as in `hypergradient`.
     Returns:
       a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
       one. It learns nothing: only the student is carried.
@@ -54,7 +55,13 @@ def l2rw(
     """
     outer = outer_objective(student, task)
     look_ahead = hypergradient(
-        weighted_sum(student, axis_name), outer, VIRTUAL, memory=memory, axis_name=axis_name, at_once=at_once
+        weighted_sum(student, axis_name),
+        outer,
+        VIRTUAL,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+        check_gradient=check_gradient,
     )
     alone = hypergradient(weighted_sum(student), outer, VIRTUAL, memory=memory, at_once=at_once)
     train = train_stage(weighted_sum(student, axis_name), outer, student_optimizer, axis_name=axis_name)

@@ -65,6 +65,7 @@ def l2t_dlf(
     memory: str = "auto",
     axis_name: str | None = None,
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build L2T-DLF.
 
@@ -85,6 +86,7 @@ def l2t_dlf(
       memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
       at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
+      check_gradient: as in `hypergradient`.
     Returns:
       a `Method`. Its state is theta, the loss as the teacher would have it next ({"phi", "bias"}), tau, what it is told
       of the student (and for "whole" a key and a count of lives), and the state of tau's optimizer.
@@ -127,7 +129,15 @@ def l2t_dlf(
         }
         return jnp.mean(MEASURES[measure](outputs, batch.targets)), jax.tree.map(jnp.mean, values)
 
-    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
+    differentiate = hypergradient(
+        inner,
+        outer,
+        student_optimizer,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+        check_gradient=check_gradient,
+    )
     run = differentiate if learn else train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:

@@ -23,6 +23,7 @@ from l2t_jax.types import (
     Student,
     Task,
     Teacher,
+    unscheduled,
 )
 from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
@@ -46,6 +47,7 @@ def l2t_dln(
     memory: str = "auto",
     axis_name: str | None = None,
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build L2T-DLN.
 
@@ -72,11 +74,13 @@ def l2t_dln(
       memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
       at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
+      check_gradient: as in `hypergradient`.
     Returns:
       a `Method`. Its state is theta (with BatchNorm and optimizer state), phi, tau, h, and Adam's state.
     Raises:
       ValueError: an unknown `second_stage`, `reset_memory`, `accept` or `memory`; "not_worse" with "continue", whose
-        stages are not of the same batches.
+        stages are not of the same batches; a loss that no teacher can rewrite: without parameters, with a schedule, or
+        with parameters that are learned otherwise; a round whose data have another number of stages.
     Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
     teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
     """
@@ -89,8 +93,18 @@ def l2t_dln(
             raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
     if accept == "not_worse" and second_stage == "continue":
         raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
+    _check_loss(loss)
+    stages = STAGES[second_stage]
     inner, outer = inner_objective(student, loss), outer_objective(student, task)
-    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
+    differentiate = hypergradient(
+        inner,
+        outer,
+        student_optimizer,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+        check_gradient=check_gradient,
+    )
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:
@@ -104,7 +118,7 @@ def l2t_dln(
         if reset_memory == "epoch":
             h = jax.tree.map(lambda x: jnp.where(batches.first_of_epoch, jnp.zeros_like(x), x), h)
 
-        first = differentiate(state.loss, state.student, *stage(batches, 0))  # A, B
+        first = differentiate(state.loss, state.student, *stage(batches, 0, stages))  # A, B
 
         def teach(tau: PyTree) -> tuple[PyTree, PyTree]:
             update, memory = teacher.update(tau, h, first.gradient, state.loss)
@@ -115,12 +129,12 @@ def l2t_dln(
         theta = first.state if second_stage == "continue" else state.student
         tau, adam = state.teacher, state.optimizer_state
         if learn and jax.tree.leaves(tau):
-            second = differentiate(phi, theta, *stage(batches, -1))  # D
+            second = differentiate(phi, theta, *stage(batches, -1, stages))  # D
             (tau_gradient,) = pull(second.gradient)  # E
             update, adam = teacher_optimizer.update(tau_gradient, adam, tau)
             tau = optax.apply_updates(tau, update)  # F
         else:
-            second = only_train(phi, theta, *stage(batches, -1))
+            second = only_train(phi, theta, *stage(batches, -1, stages))
             tau_gradient = {}  # nothing learns from stage D, so nothing is differentiated
         if accept == "not_worse":
             taken = second.error <= first.error
@@ -132,8 +146,20 @@ def l2t_dln(
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         return pull_of(student, loss, state.student.variables, state.loss, batch)
 
-    stages = STAGES[second_stage]
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
+
+
+def _check_loss(loss: Loss) -> None:
+    """Check that a teacher can rewrite a loss."""
+    if loss.at is not unscheduled:
+        raise ValueError("this loss has a schedule, which a teacher's updates would be at odds with: use fixed_loss.")
+    if loss.learned != "teacher":
+        raise ValueError(
+            f'this loss says that its parameters are learned by "{loss.learned}", not by a teacher: use fixed_loss, or '
+            'let a teacher have them by loss._replace(learned="teacher").'
+        )
+    if not jax.tree.leaves(jax.eval_shape(loss.init, jax.random.key(0))):
+        raise ValueError("this loss has no parameters for a teacher to rewrite: use fixed_loss, or give it an init.")
 
 
 def _metrics(

@@ -74,6 +74,7 @@ def mentornet(
     memory: str = "auto",
     axis_name: str | None = None,
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build MentorNet: a student step on (1/B) sum_i v_i l_i, over all B examples: v is not divided by its sum.
 
@@ -94,7 +95,7 @@ def mentornet(
       burn_in: share of the run in which v is 1: epochs 0 to 18, as in the rule (0 to 16 in released data-driven runs).
       dropout: (rate, for how many epochs), ..., 100 epochs in all; each step keeps floor((1 - rate) B) random examples.
       lr: of the network's Adam; ours.
-      memory, axis_name, at_once: as in `hypergradient`.
+      memory, axis_name, at_once, check_gradient: as in `hypergradient`.
     Returns:
       a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
       one. The network is in `MethodState.loss`; m, the step and the key of dropout are in `MethodState.memory`.
@@ -117,7 +118,15 @@ def mentornet(
 
     inner, outer = _objectives(student, task, partial(weigh, axis=axis_name))
     optimizer = optax.adam(lr)
-    look_ahead = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
+    look_ahead = hypergradient(
+        inner,
+        outer,
+        student_optimizer,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+        check_gradient=check_gradient,
+    )
     train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:

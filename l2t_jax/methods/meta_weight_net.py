@@ -22,6 +22,7 @@ def meta_weight_net(
     memory: str = "auto",
     axis_name: str | None = None,
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build Meta-Weight-Net, which is L2T-DLN's round with another loss, another teacher and N = 1.
 
@@ -36,7 +37,7 @@ def meta_weight_net(
       student_optimizer: any optax transformation.
       lr, weight_decay: of V's Adam; the decay is added to the gradient before Adam (L2, not decoupled).
       units: of V's hidden layer.
-      memory, axis_name, at_once: as in `l2t_dln`.
+      memory, axis_name, at_once, check_gradient: as in `l2t_dln`.
     Returns:
       a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
       one. V is in `MethodState.loss`, its Adam's state in `MethodState.memory`.
@@ -57,4 +58,5 @@ def meta_weight_net(
         memory=memory,
         axis_name=axis_name,
         at_once=at_once,
+        check_gradient=check_gradient,
     )

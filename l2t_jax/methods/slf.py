@@ -37,6 +37,7 @@ def slf(
     axis_name: str | None = None,
     memory: str = "auto",
     at_once: int = 1,
+    check_gradient: bool = False,
 ) -> Method:
     """Build SLF. A round is one student step, so take several as one (`several`). It draws Gumbel noise, then
 
@@ -57,6 +58,7 @@ def slf(
       axis_name: mapped axis over which batches are split, if any.
       memory: how the hypergradient trades memory for time.
       at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
+      check_gradient: as in `hypergradient`.
     Returns:
       a `Method` of one stage, leaves [1, N, B, ...] with N = 1; a larger N looks N steps ahead with one draw.
     Raises:
@@ -70,7 +72,15 @@ def slf(
         raise ValueError(f"steps is {steps} and temperature {temperature}: expected at least 1, and two above 0.")
     loss, optimizer = mixture(losses), optax.adam(lr)
     inner, outer = inner_objective(student, loss), outer_objective(student, task)
-    differentiate = hypergradient(inner, outer, student_optimizer, memory=memory, axis_name=axis_name, at_once=at_once)
+    differentiate = hypergradient(
+        inner,
+        outer,
+        student_optimizer,
+        memory=memory,
+        axis_name=axis_name,
+        at_once=at_once,
+        check_gradient=check_gradient,
+    )
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:

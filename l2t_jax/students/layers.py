@@ -23,10 +23,11 @@ def from_linen(module: nn.Module) -> Student:
     """Turn a flax.linen module with the call (inputs, train) into a `Student`.
 
     Parameters and batch statistics take the dtype of the inputs, so a float64 run is float64 throughout:
-    linen creates batch statistics in float32 whatever its arguments say, which a scan carry would refuse.
+    linen creates batch statistics in float32 whatever its arguments say, which a scan carry would refuse. Where the
+    inputs are ids, they take the dtype of Python's floats: float32, or float64 where that is enabled.
 
     Args:
-      module: maps inputs [B, ...] and a Python bool `train` to outputs [B, C].
+      module: maps inputs [B, ...], floats or int32 ids, and a Python bool `train` to outputs [B, C].
 
     Returns:
       A student. `init(key, inputs)` gives {"params", "batch_stats"}, the latter {} without BatchNorm;
@@ -35,16 +36,20 @@ def from_linen(module: nn.Module) -> Student:
       outputs, where that is a Dense layer of the module itself, named "output".
 
     Raises:
-      ValueError: `init` was given inputs that are not floating point; `head`, there is no such layer.
+      ValueError: `init` was given inputs that are neither floats nor ids; `head`, there is no such layer.
     """
 
     # Under jit the forward pass that linen traces is dropped, and only the parameters are computed.
     initial = jax.jit(lambda key, inputs: module.init(key, inputs, False))
 
     def init(key: Key, inputs: Array) -> dict[str, PyTree]:
-        if not jnp.issubdtype(inputs.dtype, jnp.floating):
-            raise ValueError(f"inputs are {inputs.dtype}, a student needs floats: normalise them first.")
-        variables = jax.tree.map(lambda leaf: leaf.astype(inputs.dtype), initial(key, inputs))
+        if inputs.dtype not in (jnp.int32, jnp.int64) and not jnp.issubdtype(inputs.dtype, jnp.floating):
+            raise ValueError(
+                f"inputs are {inputs.dtype}: expected floats, or int32 ids for a student that embeds them. Pixels are "
+                "normalised first, (x - mean) / std."
+            )
+        dtype = inputs.dtype if jnp.issubdtype(inputs.dtype, jnp.floating) else jnp.result_type(float)
+        variables = jax.tree.map(lambda leaf: leaf.astype(dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
     def apply(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Array, PyTree]:
@@ -79,7 +84,9 @@ def from_linen(module: nn.Module) -> Student:
 def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
     """Make the BatchNorm all students use: statistics of the batch in training, running ones otherwise.
 
-    running <- 0.9 running + 0.1 batch, with the biased variance for both; epsilon is 1e-5.
+    running <- 0.9 running + 0.1 batch, with the biased variance for both; epsilon is 1e-5. The variance is the mean of
+    (x - mean)^2 in a second pass: E x^2 - (E x)^2, linen's default, loses all digits of inputs far from zero, and on
+    a whole hypergradient of ResNet-8 is not faster.
 
     Args:
       train: whether to normalise by the batch and to move the running statistics.
@@ -91,7 +98,14 @@ def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
 
     Source: Ioffe & Szegedy 2015.
     """
-    return nn.BatchNorm(use_running_average=not train, momentum=0.9, epsilon=1e-5, axis_name=axis_name, name=name)
+    return nn.BatchNorm(
+        use_running_average=not train,
+        momentum=0.9,
+        epsilon=1e-5,
+        axis_name=axis_name,
+        use_fast_variance=False,
+        name=name,
+    )
 
 
 class Conv(nn.Module):
