@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2t_jax.inputs import (
@@ -85,8 +86,7 @@ def hypergradient(
         known = structure, tuple((x.shape, x.dtype) for x in leaves)
         if known in tried:
             return
-        with jax.ensure_compile_time_eval():
-            check_at_zero(optimizer, jax.tree.map(lambda x: jnp.ones(x.shape, x.dtype), arguments[0].params))
+        check_at_zero(optimizer, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), arguments[0].params))
         if memory in FORWARD and (wrong := untrue(inner, axis_name, *arguments)):
             raise ValueError(f'{wrong}: memory="{memory}" would be wrong, use "save", "remat" or "auto".')
         tried.add(known)

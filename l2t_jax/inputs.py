@@ -192,6 +192,13 @@ def check_carried(before: PyTree, after: PyTree, who: str, what: str) -> None:
             )
 
 
+def run_now(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
+    """Compile and run a function of known values at once, also in the middle of a trace."""
+    compiled = jax.jit(function).lower(*arguments).compile()
+    with jax.ensure_compile_time_eval():
+        return jax.device_get(compiled(*arguments))
+
+
 def is_known(tree: PyTree) -> bool:
     """Whether all values are there already: none is traced."""
     return not any(isinstance(x, jax.core.Tracer) for x in jax.tree.leaves(tree))

@@ -4,8 +4,10 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
+from l2t_jax.inputs import run_now
 from l2t_jax.types import PyTree
 
 
@@ -41,10 +43,13 @@ def check_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> No
     Raises:
       ValueError: its derivative there is not finite, so one zero gradient would make a whole hypergradient NaN.
     """
-    state, zeros = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
-    updates, vjp = jax.vjp(lambda g: optimizer.update(g, state, params)[0], zeros)
-    (derivatives,) = vjp(jax.tree.map(jnp.ones_like, updates))
-    if not all(bool(jnp.all(jnp.isfinite(x))) for x in jax.tree.leaves(derivatives)):
+
+    def derivatives(params: PyTree) -> PyTree:
+        state, zeros = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
+        updates, vjp = jax.vjp(lambda g: optimizer.update(g, state, params)[0], zeros)
+        return vjp(jax.tree.map(jnp.ones_like, updates))
+
+    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run_now(derivatives, params))):
         raise ValueError(
             "the student's optimizer has no derivative at a zero gradient, so the hypergradient would be NaN there: "
             "use l2t_jax.optimizers.clip_by_global_norm in place of optax's, and eps_root > 0 in Adam and its kin."

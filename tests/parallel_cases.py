@@ -113,6 +113,7 @@ def batches():
             module.mean_over = real
 
     return {
+        "marked": {memory: marked(memory) for memory in MEMORY_MODES},
         "agree": {
             f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference) for memory, d in CASES
         },
@@ -124,6 +125,34 @@ def batches():
             "no mean of the student's gradient": canary(unroll, lambda axis, tree: tree),
         },
     }
+
+
+def marked(memory):
+    """A hypergradient under a `jax.shard_map` that checks what varies, phi and state marked, against one device."""
+    student, loss = from_linen(toy.Network(AXIS)), toy.small_loss()
+    optimizer = optax.sgd(0.1, momentum=0.9)
+    inner, outer = unroll.inner_objective(student, loss), unroll.outer_objective(student, toy.task)
+    phi, start, (train, validation) = toy.to_x64(
+        (
+            loss.init(jax.random.key(1)),
+            unroll.init_state(from_linen(toy.Network()).init(jax.random.key(0), jnp.zeros((2, 5))), optimizer),
+            (toy.batch(2, N, B), toy.batch(3, V)),
+        )
+    )
+
+    def local(*given):
+        phi, start = jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to="varying"), given[:2])
+        compute = hypergradient.hypergradient(inner, outer, optimizer, memory=memory, axis_name=AXIS)
+        return compute(phi, start, *given[2:]).gradient
+
+    alone = from_linen(toy.Network())
+    inner_alone, outer_alone = unroll.inner_objective(alone, loss), unroll.outer_objective(alone, toy.task)
+    whole = hypergradient.hypergradient(inner_alone, outer_alone, optimizer, memory="save")
+    mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (AXIS,))
+    nothing, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
+    specs = nothing, nothing, jax.sharding.PartitionSpec(None, AXIS), split
+    divided = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=nothing))
+    return apart(divided(phi, start, train, validation), jax.jit(whole)(phi, start, train, validation).gradient)
 
 
 def seeds():

@@ -228,6 +228,9 @@ PLAIN = {  # right in every mode
     "a true custom_jvp": Case(with_activation(cube_forward)),
     "a true custom_vjp, checked": Case(with_activation(cube), check_gradient=True),
     "a true custom_jvp, checked under jit": Case(with_activation(cube_forward), check_gradient=True, jit=True),
+    "a random key among the statistics, checked under jit": Case(
+        noisy, stats=jax.random.key(3), check_gradient=True, jit=True
+    ),
     "no custom derivative, checked": Case(check_gradient=True),
     "jax.debug inside": Case(printing),
     "a stop_gradient": Case(

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS = (  # lowest first; rooms of one layer do not import each other, except within a package
     {"types"},
-    {"convolution", "inputs", "optimizers"},
+    {"convolution", "inputs"},
+    {"optimizers"},
     {"losses", "students"},
     {"teachers"},
     {"data", "order"},

@@ -12,6 +12,7 @@ import pytest
 from parallel_cases import CASES
 
 from l2t_jax import parallel
+from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.parallel import ONE, Layout, LostError, ParallelError, check, keys_of, layout_of, start
 
 HERE = Path(__file__).parent
@@ -45,6 +46,12 @@ def test_devices_give_the_numbers_of_one(batches, memory, devices):
     """Students, batch statistics, momentum, DLN, teacher and their gradients, after two rounds with augmentation."""
     differences = batches["agree"][f"{memory}, {devices} devices"]
     assert len(differences) == 8 and max(differences.values()) < TOLERANCE, differences
+
+
+@pytest.mark.parametrize("memory", MEMORY_MODES)
+def test_shard_map_that_checks_what_varies(batches, memory):
+    """BatchNorm over two devices and momentum, where phi and state are marked as varying."""
+    assert batches["marked"][memory] < TOLERANCE
 
 
 def test_seeds_side_by_side_on_divided_batches(batches):
