@@ -7,7 +7,7 @@ import numpy as np
 from rich.table import Table
 
 from benchmarks.worker import PROGRAMS
-from l2t_jax.plots import costs
+from l2t_jax.runs.plots import costs
 
 TOLERANCE = 1e-2  # relative; float32 through many steps differs by less, another derivative by more
 # L2T-DLN (NeurIPS 2023), Table 5: N -> seconds of one ROUND (two unrolls and the teacher), wide ResNet-8, its GPU.

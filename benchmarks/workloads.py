@@ -9,14 +9,14 @@ import numpy as np
 import optax
 
 from l2t_jax.data import Dataset
+from l2t_jax.data.order import round_indices
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
-from l2t_jax.order import round_indices
-from l2t_jax.parallel import Dispatch
+from l2t_jax.runs.parallel import Dispatch
+from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Schedule
 from l2t_jax.types import Batch, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
 from l2t_jax.unroll import InnerLoss, OuterError, init_state, inner_objective, outer_objective
 

@@ -18,7 +18,7 @@ from experiments._run import run_entries
 from experiments._setting import build_setting
 from experiments.presets import Preset
 from l2t_jax.data import Dataset
-from l2t_jax.records import WorkdirError, write_json
+from l2t_jax.runs.records import WorkdirError, write_json
 
 FLAGS = flags.FLAGS
 

@@ -11,10 +11,11 @@ from experiments._config import Config, Noise, Options, UsageError, fail
 from experiments._data import prepare
 from experiments._run import run_entries
 from experiments._setting import build_setting, enable_compilation_cache
-from l2t_jax import data, parallel
-from l2t_jax.checkpoints import CheckpointError
-from l2t_jax.records import WorkdirError
-from l2t_jax.training import StoppedError
+from l2t_jax import data
+from l2t_jax.runs import parallel
+from l2t_jax.runs.checkpoints import CheckpointError
+from l2t_jax.runs.records import WorkdirError
+from l2t_jax.runs.training import StoppedError
 
 
 def start(main: Callable[[list[str]], None]) -> None:

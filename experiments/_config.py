@@ -5,7 +5,7 @@ import sys
 from typing import NoReturn
 
 from experiments.presets import Preset
-from l2t_jax.parallel import leave
+from l2t_jax.runs.parallel import leave
 
 
 class UsageError(ValueError):
@@ -14,7 +14,7 @@ class UsageError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class Noise:
-    """Wrong training labels, see `l2t_jax.noise`."""
+    """Wrong training labels, see `l2t_jax.data.noise`."""
 
     kind: str
     ratio: float

@@ -15,7 +15,7 @@ from l2t_jax.data import DATASETS
 from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
-from l2t_jax.parallel import SHARDS
+from l2t_jax.runs.parallel import SHARDS
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS, shipped
 

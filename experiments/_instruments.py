@@ -13,8 +13,8 @@ from jax.flatten_util import ravel_pytree
 
 from experiments._methods import build_dln, teacher_arguments
 from experiments._setting import Setting
-from l2t_jax import order
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
+from l2t_jax.data import order
 from l2t_jax.losses import build_loss
 from l2t_jax.losses.dln import surface
 from l2t_jax.methods.common import Life

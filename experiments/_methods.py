@@ -21,9 +21,9 @@ from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.methods.mentornet import mentornet
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.methods.slf import slf
-from l2t_jax.parallel import Layout
+from l2t_jax.runs.parallel import Layout
+from l2t_jax.runs.training import Schedule
 from l2t_jax.teachers import build_teacher, from_optax
-from l2t_jax.training import Schedule
 from l2t_jax.types import Loss, Method, Student, Task, Teacher
 
 DLF_TEACHER_LR = 0.01  # the demo's

@@ -5,7 +5,7 @@ from absl import flags
 from experiments._config import Config, Noise, UsageError
 from experiments._flags import known
 from l2t_jax.data import Dataset
-from l2t_jax.noise import NOISES, with_noise
+from l2t_jax.data.noise import NOISES, with_noise
 
 LABELS = ("clean", "noisy")
 META, FEW = 1000, 10_000  # clean examples; a tenth as many where there are fewer examples than FEW

@@ -16,11 +16,11 @@ from rich.table import Table
 
 from experiments._methods import Entry
 from experiments._setting import Setting, example_inputs
-from l2t_jax import plots
 from l2t_jax.losses.dln import Layer, surface
-from l2t_jax.records import Metrics, RunDirectory, load_arrays, write_json
+from l2t_jax.runs import plots
+from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
+from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks.evaluation import evaluate
-from l2t_jax.training import Outcome
 
 SURFACE_POINTS = 41
 OBSERVED = {  # see `experiments._observe`

@@ -16,18 +16,18 @@ from experiments._methods import TAUGHT, Entry
 from experiments._observe import Observer
 from experiments._report import Outcomes, reason, report
 from experiments._setting import Setting, example_inputs
-from l2t_jax.checkpoints import Checkpoints
-from l2t_jax.noise import wrong_share
-from l2t_jax.parallel import leader_first
-from l2t_jax.progress import RunProgress
-from l2t_jax.records import (
+from l2t_jax.data.noise import wrong_share
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.parallel import leader_first
+from l2t_jax.runs.progress import RunProgress
+from l2t_jax.runs.records import (
     RunDirectory,
     open_run,
     require_tensorboard,
     save_arrays,
     tensorboard_writer,
 )
-from l2t_jax.training import Run, compile_rounds, train
+from l2t_jax.runs.training import Run, compile_rounds, train
 from l2t_jax.types import MethodState, PyTree
 
 OBSERVATIONS = 40  # moments of a run at which examples with wrong labels are looked at, beside its start

@@ -12,14 +12,14 @@ import optax
 from experiments._config import Config, Options, UsageError
 from experiments._methods import SCHEDULES, Entry, Parts, build_entries
 from experiments.presets import Preset
-from l2t_jax import parallel
 from l2t_jax.data import Dataset
 from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.optimizers import clip_by_global_norm
-from l2t_jax.parallel import Layout
+from l2t_jax.runs import parallel
+from l2t_jax.runs.parallel import Layout
+from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
-from l2t_jax.training import Schedule
 from l2t_jax.types import Array, Student, Task
 
 

@@ -7,7 +7,7 @@ import numpy as np
 
 from experiments._instruments import HORIZONS
 from experiments._report import curves
-from l2t_jax import plots
+from l2t_jax.runs import plots
 
 Rows = list[dict[str, Any]]
 

@@ -13,7 +13,7 @@ from experiments._config import Noise
 from experiments._methods import method_names
 from experiments._report import percent, result, tested_on
 from experiments.published import PUBLISHED, Setup
-from l2t_jax import plots
+from l2t_jax.runs import plots
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05

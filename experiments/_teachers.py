@@ -9,7 +9,7 @@ import jax
 from experiments._config import Config, UsageError
 from experiments._methods import dln_arguments, teacher_arguments
 from l2t_jax import teachers
-from l2t_jax.records import load_arrays, save_arrays
+from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.trained import fill
 from l2t_jax.types import PyTree
 

@@ -27,7 +27,7 @@ from experiments._report import result, tested_on
 from experiments._setting import build_schedule
 from experiments._table_flag import table
 from experiments._tables import name_of, paired, probability, setup_of
-from l2t_jax import plots
+from l2t_jax.runs import plots
 
 METHODS = ("l2t_dln", "cross_entropy")
 ROWS = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")

@@ -24,8 +24,8 @@ from experiments._methods import method_names
 from experiments._noise import LABELS
 from experiments._report import plot_curves
 from experiments._table_flag import table
-from l2t_jax.noise import wrong_share
-from l2t_jax.records import Metrics
+from l2t_jax.data.noise import wrong_share
+from l2t_jax.runs.records import Metrics
 
 FLAGS = flags.FLAGS
 for module in (_flags, _groups, _noise, _table_flag):

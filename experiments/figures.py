@@ -25,7 +25,7 @@ from experiments._command import start
 from experiments._config import UsageError, fail
 from experiments._report import draw, plot_curves
 from experiments._study_pictures import draw as draw_study
-from l2t_jax.records import Metrics
+from l2t_jax.runs.records import Metrics
 
 flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their last folders must differ.")
 flags.DEFINE_list("costs", [], "Records of benchmarks.hypergradient_cost (JSON), comma separated: drawn together.")

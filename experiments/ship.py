@@ -24,7 +24,7 @@ from experiments._command import start
 from experiments._config import Config, Noise, UsageError, fail
 from experiments._methods import dln_arguments, teacher_arguments
 from experiments.presets import Preset
-from l2t_jax.records import write_json
+from l2t_jax.runs.records import write_json
 
 flags.DEFINE_string("run", None, "Directory of a finished run of l2t_dln with --held_out.")
 flags.DEFINE_string("name", None, "Letters, digits and _: what the teacher will be called.")

@@ -25,7 +25,7 @@ from experiments._run import run_entries
 from experiments._setting import Setting, build_setting
 from experiments._study_pictures import PICTURES, draw
 from experiments.presets import PRESETS
-from l2t_jax.records import Metrics
+from l2t_jax.runs.records import Metrics
 
 flags.DEFINE_string(
     "presets", "released,residual", f"One or more of {', '.join(PRESETS)}; takes the place of --preset."

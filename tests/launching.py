@@ -7,7 +7,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import _flags
-from l2t_jax.records import write_json
+from l2t_jax.runs.records import write_json
 
 SMALL = ("--rounds=2", "--unroll_length=2", "--width=8", "--checkpoint_seconds=0")
 

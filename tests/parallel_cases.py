@@ -15,10 +15,11 @@ import numpy as np
 import optax
 import toy
 
-from l2t_jax import hypergradient, parallel, training, unroll
+from l2t_jax import hypergradient, unroll
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.l2t_dln import l2t_dln
-from l2t_jax.parallel import AXIS, ONE, Layout
+from l2t_jax.runs import parallel, training
+from l2t_jax.runs.parallel import AXIS, ONE, Layout
 from l2t_jax.students import from_linen
 
 ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64

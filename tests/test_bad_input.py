@@ -18,10 +18,11 @@ from hypothesis import strategies as st
 from experiments import _flags, classification
 from experiments._methods import SCHEDULES, method_names
 from experiments.presets import PRESETS
-from l2t_jax import data, parallel
+from l2t_jax import data
 from l2t_jax.losses import LOSSES, LossError, check_loss
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.parallel import SHARDS
+from l2t_jax.runs import parallel
+from l2t_jax.runs.parallel import SHARDS
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Loss

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from l2t_jax.checkpoints import CheckpointError, Checkpoints, digest, main
+from l2t_jax.runs.checkpoints import CheckpointError, Checkpoints, digest, main
 
 
 class Pair(NamedTuple):
@@ -211,7 +211,7 @@ def test_keep_must_be_positive(tmp_path: Path) -> None:
 LOOP = """
 import sys
 import numpy as np
-from l2t_jax.checkpoints import Checkpoints
+from l2t_jax.runs.checkpoints import Checkpoints
 checkpoints = Checkpoints(sys.argv[1])
 step = checkpoints.restore({"a": np.zeros(100_000), "b": np.zeros(9)}).step or 0
 while True:
@@ -242,7 +242,7 @@ def test_a_kill_loses_nothing_that_was_saved(tmp_path: Path) -> None:
 
 
 def test_a_process_ends_without_closing(tmp_path: Path) -> None:
-    code = "from l2t_jax.checkpoints import *; Checkpoints(sys.argv[1]).save(0, {'a': np.ones(2)}, {})"
+    code = "from l2t_jax.runs.checkpoints import *; Checkpoints(sys.argv[1]).save(0, {'a': np.ones(2)}, {})"
     done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
@@ -272,7 +272,7 @@ def test_list_and_verify(saved: Checkpoints, tmp_path: Path, capsys: pytest.Capt
 
 def test_listing_tells_what_it_is_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["checkpoints"]) == 2 and main(["checkpoints", "--help"]) == 0
-    assert capsys.readouterr().out.count("usage: python -m l2t_jax.checkpoints WORKDIR") == 2
+    assert capsys.readouterr().out.count("usage: python -m l2t_jax.runs.checkpoints WORKDIR") == 2
     for missing in (tmp_path, tmp_path / "absent"):
         assert main(["checkpoints", str(missing)]) == 2
         said = capsys.readouterr().err

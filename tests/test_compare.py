@@ -175,7 +175,7 @@ def test_noisy_labels_resumes_with_its_observations(tmp_path):
     whole = (tmp_path / "whole" / "observations.jsonl").read_bytes()
     assert [json.loads(line)["round"] for line in whole.splitlines()] == [0, 1, 2, 3, 4]
 
-    from l2t_jax import training
+    from l2t_jax.runs import training
 
     cut = tmp_path / "cut"
     with pytest.MonkeyPatch.context() as patch, pytest.raises(RuntimeError, match="cut"):

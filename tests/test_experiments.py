@@ -17,8 +17,8 @@ from experiments import _flags, _setting, classification, figures
 from experiments._setting import example_inputs
 from experiments.presets import PRESETS
 from l2t_jax import data
-from l2t_jax.checkpoints import Checkpoints
-from l2t_jax.records import load_arrays
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.records import load_arrays
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 ROOT = Path(__file__).parents[1]
@@ -157,7 +157,7 @@ def test_presets_and_teachers_run(preset, teacher, tmp_path):
 
 def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, capsys):
     """Seed 1 gets a data order with an example whose pixels overflow; seeds 0 and 2 finish, and the exit code is 1."""
-    from l2t_jax import training
+    from l2t_jax.runs import training
 
     real = training._dispatch
 

@@ -18,13 +18,13 @@ from launching import launch
 from test_experiments import last_checkpoints, numbers
 
 from experiments import classification
-from l2t_jax.records import Metrics
+from l2t_jax.runs.records import Metrics
 
 ROOT = Path(__file__).parents[1]
 KILLS = int(os.environ.get("KILLS", "2"))
 ROUNDS = 8 if KILLS < 10 else 40
 # A dispatch of a single round each, so that there are many saves to be interrupted.
-CODE = """from l2t_jax import training; training.MOST_ROUNDS = 1
+CODE = """from l2t_jax.runs import training; training.MOST_ROUNDS = 1
 import importlib; importlib.import_module("l2t_jax.teachers.coordinate_lstm").UNITS = (8, 1)  # compiled sooner
 from experiments import classification; classification.cli()"""
 COMMAND = [sys.executable, "-c", CODE, f"--rounds={ROUNDS}", "--unroll_length=2", "--width=8", "--seeds=1,"]

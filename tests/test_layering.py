@@ -12,18 +12,16 @@ LAYERS = (  # lowest first; rooms of one layer do not import each other, except 
     {"optimizers"},
     {"losses", "students"},
     {"teachers"},
-    {"data", "order"},
-    {"noise"},
+    {"data"},
     {"tasks"},
     {"unroll"},
     {"second_order"},
     {"memory"},
     {"hypergradient"},
     {"methods"},
-    {"analysis", "parallel", "checkpoints", "records", "plots", "progress"},
-    {"training"},
+    {"analysis", "runs"},
 )
-DOORS = {"orbax": "checkpoints.py", "matplotlib": "plots.py", "tensorflow_datasets": "data.py", "rich": "progress.py"}
+DOORS = {"orbax": "checkpoints.py", "matplotlib": "plots.py", "tensorflow_datasets": "sets.py", "rich": "progress.py"}
 FILES = sorted((ROOT / "l2t_jax").rglob("*.py"))
 
 

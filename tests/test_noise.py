@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from l2t_jax import data, noise, order
+from l2t_jax import data
+from l2t_jax.data import noise, order
+from l2t_jax.runs.training import Schedule
 from l2t_jax.tasks.image_classification import image_classification
-from l2t_jax.training import Schedule
 
 DIGITS = data.load("digits")
 

@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from l2t_jax import order
+from l2t_jax.data import order
 
 SIZES = {
     "n": 103,

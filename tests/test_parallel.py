@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 from parallel_cases import CASES
 
-from l2t_jax import parallel
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.parallel import ONE, Layout, LostError, ParallelError, check, keys_of, layout_of, start
+from l2t_jax.runs import parallel
+from l2t_jax.runs.parallel import ONE, Layout, LostError, ParallelError, check, keys_of, layout_of, start
 
 HERE = Path(__file__).parent
 TOLERANCE = 1e-12

@@ -8,7 +8,7 @@ import pytest
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 
-from l2t_jax.plots import ablation, costs, default_window, learning_curves, loss_surfaces, norms, running_median
+from l2t_jax.runs.plots import ablation, costs, default_window, learning_curves, loss_surfaces, norms, running_median
 
 
 def curve(points: int, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:

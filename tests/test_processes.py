@@ -12,7 +12,7 @@ import pytest
 from launching import launch
 
 from experiments import classification
-from l2t_jax.records import Metrics
+from l2t_jax.runs.records import Metrics
 
 ROOT = Path(__file__).parents[1]
 FLAGS = ["--rounds=4", "--unroll_length=2", "--width=8", "--seeds=1,", "--batch_size=16", "--validation_batch_size=32"]

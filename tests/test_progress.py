@@ -2,8 +2,8 @@
 
 import pytest
 
-from l2t_jax import progress as progress_lib
-from l2t_jax.progress import RunProgress
+from l2t_jax.runs import progress as progress_lib
+from l2t_jax.runs.progress import RunProgress
 
 RUNS = [("slow", 0), ("slow", 1), ("fast", 0)]
 

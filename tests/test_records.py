@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import l2t_jax
-from l2t_jax import records
-from l2t_jax.records import (
+from l2t_jax.runs import records
+from l2t_jax.runs.records import (
     Metrics,
     RunDirectory,
     WorkdirError,
@@ -195,7 +195,7 @@ def test_a_place_that_cannot_be_written() -> None:
 
 HOLD = """
 import sys
-from l2t_jax.records import open_run
+from l2t_jax.runs.records import open_run
 open_run(sys.argv[1], {"a": 1}, resume=True)
 print("open", flush=True)
 sys.stdin.read()

@@ -11,16 +11,16 @@ import pytest
 import toy
 
 from benchmarks import round as benchmark
-from l2t_jax import training
-from l2t_jax.checkpoints import Checkpoints
 from l2t_jax.data import Dataset
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
+from l2t_jax.runs import training
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.training import Run, Schedule, compile_rounds, some_rounds, train
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Run, Schedule, compile_rounds, some_rounds, train
 from l2t_jax.types import Loss
 from l2t_jax.unroll import inner_objective, outer_objective
 

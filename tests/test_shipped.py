@@ -10,7 +10,7 @@ from launching import SMALL, launch
 
 from experiments import classification, ship
 from l2t_jax import teachers
-from l2t_jax.records import load_arrays
+from l2t_jax.runs.records import load_arrays
 from l2t_jax.teachers import trained
 
 HELD = (*SMALL, "--method=l2t_dln", "--held_out=0.2", "--seeds=2", "--set=base=sgd,odd=false,dln_lr=0.01")

@@ -11,7 +11,7 @@ from launching import launch
 
 from experiments import classification
 from l2t_jax import data
-from l2t_jax.records import load_arrays, save_arrays
+from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.attention import init_attention
 
 SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--preset=released")

@@ -11,12 +11,12 @@ import optax
 import pytest
 import toy
 
-from l2t_jax import training
-from l2t_jax.checkpoints import Checkpoints
 from l2t_jax.methods import METHODS
-from l2t_jax.parallel import Layout
+from l2t_jax.runs import training
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.parallel import Layout
+from l2t_jax.runs.training import Run, Schedule, StoppedError, compile_rounds, train
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.training import Run, Schedule, StoppedError, compile_rounds, train
 from l2t_jax.types import Loss, Teacher
 
 EXAMPLES, ROUNDS = 60, 7

@@ -10,7 +10,7 @@ from launching import SMALL, launch, write_record
 from experiments import _cells, _teachers, transfer
 from experiments._config import Config
 from experiments.presets import Preset
-from l2t_jax.records import WorkdirError
+from l2t_jax.runs.records import WorkdirError
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 FEW = (*SMALL, "--seeds=2")

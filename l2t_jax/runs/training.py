@@ -13,9 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from l2t_jax import order
-from l2t_jax.checkpoints import Checkpoints
-from l2t_jax.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
+from l2t_jax.data import order
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
 from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
 
 MOST_ROUNDS = 32  # a dispatch runs at most this many rounds
