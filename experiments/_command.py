@@ -7,14 +7,13 @@ from collections.abc import Callable
 from absl import app, logging
 
 from experiments import _flags
-from experiments._config import Config, Noise, Options, UsageError, fail
-from experiments._data import prepare
-from experiments._run import run_entries
-from experiments._setting import build_setting, enable_compilation_cache
 from l2t_jax import data
 from l2t_jax.runs import parallel
 from l2t_jax.runs.checkpoints import CheckpointError
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.records import WorkdirError
+from l2t_jax.runs.running import run_entries
+from l2t_jax.runs.setting import build_setting, enable_compilation_cache, prepare
 from l2t_jax.runs.training import StoppedError
 
 
@@ -40,13 +39,13 @@ def command(
         enable_compilation_cache()
         code = work(config, options)
     except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
-        fail(str(error))
+        _flags.fail(str(error))
     except parallel.LostError as error:
-        fail(f"{error}. What was saved is intact; {_go_on(experiment, options)}", 1)
+        _flags.fail(f"{error}. What was saved is intact; {_go_on(experiment, options)}", 1)
     except (CheckpointError, OSError) as error:
-        fail(f"{error}. What was saved is intact; make room, then {_go_on(experiment, options)}", 1)
+        _flags.fail(f"{error}. What was saved is intact; make room, then {_go_on(experiment, options)}", 1)
     except (StoppedError, KeyboardInterrupt):
-        fail(f"interrupted; {_go_on(experiment, options)}", 130)
+        _flags.fail(f"interrupted; {_go_on(experiment, options)}", 130)
     sys.exit(code)
 
 

@@ -3,19 +3,21 @@
 import dataclasses
 import datetime
 import difflib
+import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import flags
 
-from experiments._config import Config, Noise, Options, UsageError, fail
-from experiments._methods import SCHEDULES, TAUGHT, method_names
-from experiments.presets import PRESETS, Preset
 from l2t_jax.data import DATASETS
 from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
 from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods import TAUGHT, method_names
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
-from l2t_jax.runs.parallel import SHARDS
+from l2t_jax.methods.parts import SCHEDULES
+from l2t_jax.presets import PRESETS, Preset
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.parallel import SHARDS, leave
 from l2t_jax.students import STUDENTS
 from l2t_jax.teachers import TEACHERS, shipped
 
@@ -85,7 +87,7 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "set",
     "",
-    "Any rows of the preset's sheet (experiments/presets.py), NAME=VALUE, comma separated: e.g. "
+    "Any rows of the preset's sheet (l2t_jax/presets.py), NAME=VALUE, comma separated: e.g. "
     "squash=log_softmax,odd=true.",
 )
 flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
@@ -250,6 +252,12 @@ def parse_arguments(argv: list[str]) -> list[str]:
     return rest
 
 
+def fail(message: str, code: int = 2) -> NoReturn:
+    """Say in one line what is wrong and exit."""
+    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
+    leave(code)
+
+
 def _module(path: str) -> str:
     return "experiments." + path.replace("\\", "/").rsplit("/", 1)[-1].removesuffix(".py")
 
@@ -347,3 +355,18 @@ def checked(settings: Preset) -> Preset:
         if not 0 < value < float("inf"):
             raise UsageError(f"--{name}={value} must be a positive, finite number.")
     return settings
+
+
+def set_defaults(**defaults: Any) -> None:
+    """Give shared flags the values that a table has for them where the user gave none.
+
+    Raises:
+      UsageError: a flag was given that is for single runs.
+    """
+    if FLAGS.teacher_from is not None:
+        raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
+    if FLAGS.coordinator is not None:
+        raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
+    for name, value in defaults.items():
+        if not FLAGS[name].present:
+            setattr(FLAGS, name, value)

@@ -6,8 +6,8 @@ from typing import Any
 from absl import flags
 
 from experiments import _flags
-from experiments._config import Config, UsageError
 from l2t_jax.data import DATASETS
+from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.students import STUDENTS
 
 flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")

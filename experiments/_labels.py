@@ -2,9 +2,9 @@
 
 from absl import flags
 
-from experiments._config import Noise
 from experiments._flags import known
 from experiments._noise import LABELS, of_labels
+from l2t_jax.runs.config import Noise
 
 flags.DEFINE_string("labels", "clean", f"{' | '.join(LABELS)}. Right labels, or wrong ones as --noise says.")
 

@@ -1,14 +1,13 @@
-"""The flags of wrong labels, and a data set with them."""
+"""The flags of wrong labels."""
 
 from absl import flags
 
-from experiments._config import Config, Noise, UsageError
 from experiments._flags import known
-from l2t_jax.data import Dataset
-from l2t_jax.data.noise import NOISES, with_noise
+from l2t_jax.data.noise import NOISES
+from l2t_jax.runs.config import Noise, UsageError
+from l2t_jax.runs.setting import FEW, META
 
 LABELS = ("clean", "noisy")
-META, FEW = 1000, 10_000  # clean examples; a tenth as many where there are fewer examples than FEW
 
 flags.DEFINE_string(
     "noise",
@@ -52,13 +51,3 @@ def of_labels(labels: str) -> Noise | None:
         if flags.FLAGS[name].present:
             raise UsageError(f"--{name} is of wrong labels, and the labels are clean here: ask for noisy ones.")
     return None
-
-
-def with_config(dataset: Dataset, config: Config) -> Dataset:
-    """The data set with the wrong labels that a config asks for, if it does."""
-    noise = config.noise
-    if noise is None:
-        return dataset
-    default = META if len(dataset.train_labels) >= FEW else META // 10
-    meta = default if noise.meta is None else noise.meta
-    return with_noise(dataset, noise.kind, noise.ratio, meta, noise.seed)

@@ -4,8 +4,8 @@ from collections.abc import Iterable
 
 from absl import flags
 
-from experiments._config import UsageError
 from experiments._flags import known
+from l2t_jax.runs.config import UsageError
 
 flags.DEFINE_string("table", None, "Which table; the text above names them.")
 

@@ -19,15 +19,15 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _cells, _flags, _labels, _noise, _table_flag
-from experiments._cells import group_of, run_cell
+from experiments import _flags, _labels, _noise, _table_flag
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
-from experiments._report import result, tested_on
-from experiments._setting import build_schedule
 from experiments._table_flag import table
-from experiments._tables import name_of, paired, probability, setup_of
-from l2t_jax.runs import plots
+from l2t_jax.runs import cells, plots
+from l2t_jax.runs.cells import group_of, run_cell
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import result, tested_on
+from l2t_jax.runs.setting import build_schedule
+from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
 METHODS = ("l2t_dln", "cross_entropy")
 ROWS = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")
@@ -95,14 +95,14 @@ def _prepare() -> Noise | None:
     chosen = table(ABLATIONS)
     if FLAGS["method"].present:
         raise UsageError(f"--method is {' and '.join(METHODS)} here, which are compared: leave it out.")
-    _cells.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
+    _flags.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
     return _labels.noise()
 
 
 def run_ablation(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table and the picture."""
     ablation, root, code = ABLATIONS[FLAGS.table], Path(options.workdir), 0
-    load = _cells.loader(config, options)
+    load = cells.loader(config, options)
     if ablation.setting == "validation_ratio" and load(config.dataset).meta:
         raise UsageError("a meta set kept apart validates, whatever the ratio: give --meta=0 to divide the noisy set.")
     config = dataclasses.replace(config, rounds=build_schedule(config, load(config.dataset)).rounds)

@@ -16,16 +16,17 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _flags, _groups, _noise, _table_flag, _tables
-from experiments._cells import group_of, loader, records_in, run_cell, set_defaults
+from experiments import _flags, _groups, _noise, _table_flag
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options
-from experiments._methods import method_names
 from experiments._noise import LABELS
-from experiments._report import plot_curves
 from experiments._table_flag import table
 from l2t_jax.data.noise import wrong_share
+from l2t_jax.methods import method_names
+from l2t_jax.runs import tables
+from l2t_jax.runs.cells import group_of, loader, records_in, run_cell
+from l2t_jax.runs.config import Config, Noise, Options
 from l2t_jax.runs.records import Metrics
+from l2t_jax.runs.reporting import plot_curves
 
 FLAGS = flags.FLAGS
 for module in (_flags, _groups, _noise, _table_flag):
@@ -52,7 +53,7 @@ def _prepare() -> Noise | None:
     """Defaults of this module where shared flags were not given, and the noise of the table."""
     _groups.refuse_single()
     chosen = table(LABELS, "clean")
-    set_defaults(preset="residual", method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
+    _flags.set_defaults(preset="residual", method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
 
 
@@ -66,7 +67,7 @@ def fill(config: Config, options: Options) -> int:
             cell = dataclasses.replace(group, methods=(method,))
             code |= run_cell(f"{group_of(cell)}_{method}", group_of(cell), cell, options, load)
         _plot(root, group, wrong_share(load(group.dataset)))
-    _tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
+    tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
     print(f"Files: {root} (table.md, table.png, records/, plots/)")
     return code
 
@@ -86,7 +87,7 @@ def _plot(root: Path, config: Config, share: float) -> None:
         ]
         for file in ("metrics.jsonl", "observations.jsonl")
     )
-    what = _tables.title_of(config.dataset, config.student, config.noise)
+    what = tables.title_of(config.dataset, config.student, config.noise)
     plot_curves(root / "plots", rows, observations, what, prefix=f"{group}_", wrong_labels=share)
 
 

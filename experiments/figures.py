@@ -20,12 +20,12 @@ from zipfile import BadZipFile
 from absl import flags
 
 from benchmarks.cost_report import plot
-from experiments import _flags  # noqa: F401, defines --workdir
+from experiments import _flags
 from experiments._command import start
-from experiments._config import UsageError, fail
-from experiments._report import draw, plot_curves
-from experiments._study_pictures import draw as draw_study
+from l2t_jax.runs.config import UsageError
 from l2t_jax.runs.records import Metrics
+from l2t_jax.runs.reporting import draw, plot_curves
+from l2t_jax.runs.study_pictures import draw as draw_study
 
 flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their last folders must differ.")
 flags.DEFINE_list("costs", [], "Records of benchmarks.hypergradient_cost (JSON), comma separated: drawn together.")
@@ -40,9 +40,9 @@ def main(argv: list[str]) -> None:
         for path in figures(FLAGS.runs, FLAGS.studies, FLAGS.costs, Path(FLAGS.workdir or "figures")):
             print(path)
     except KeyError as error:
-        fail(f"a record has no {error}: it was written by something else, or by another version.")
+        _flags.fail(f"a record has no {error}: it was written by something else, or by another version.")
     except (ValueError, OSError, BadZipFile) as error:
-        fail(str(error))
+        _flags.fail(str(error))
     sys.exit(0)
 
 

@@ -19,12 +19,12 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _cells, _flags
-from experiments._cells import group_of, run_cell
+from experiments import _flags
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
-from experiments._report import result, tested_on
-from experiments._tables import name_of, paired, probability, setup_of
+from l2t_jax.runs.cells import group_of, loader, run_cell
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import result, tested_on
+from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(_flags)
@@ -80,14 +80,14 @@ def _prepare() -> None:
     known = {f"--dataset={dataset} --student={student}": None for dataset, student, _ in TUNED}
     if (asked := f"--dataset={FLAGS.dataset} --student={FLAGS.student}") not in known:
         raise UsageError(f"{asked}: nothing was tuned for it; choose one of {', '.join(known)}.")
-    _cells.set_defaults(seeds="5", workdir=f"runs/replication_{FLAGS.dataset}")
+    _flags.set_defaults(seeds="5", workdir=f"runs/replication_{FLAGS.dataset}")
 
 
 def replicate(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table."""
     root, code = Path(options.workdir), 0
     for group, labels in groups(config):
-        load = _cells.loader(group, options)
+        load = loader(group, options)
         for method, cell in cells(group, labels):
             code |= run_cell(_name(method, cell), group_of(cell), cell, options, load)
     (root / "table.md").write_text(markdown(recorded(root, config)))

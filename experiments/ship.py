@@ -19,11 +19,12 @@ from typing import Any
 from absl import flags
 
 import l2t_jax
-from experiments import _teachers
+from experiments import _flags
 from experiments._command import start
-from experiments._config import Config, Noise, UsageError, fail
-from experiments._methods import dln_arguments, teacher_arguments
-from experiments.presets import Preset
+from l2t_jax.methods.parts import dln_arguments, teacher_arguments
+from l2t_jax.presets import Preset
+from l2t_jax.runs import trained_teachers
+from l2t_jax.runs.config import Config, Noise, UsageError
 from l2t_jax.runs.records import write_json
 
 flags.DEFINE_string("run", None, "Directory of a finished run of l2t_dln with --held_out.")
@@ -39,7 +40,7 @@ def main(argv: list[str]) -> None:
     try:
         print(ship(FLAGS.run, FLAGS.name, ASSETS))
     except (UsageError, OSError) as error:
-        fail(str(error))
+        _flags.fail(str(error))
     sys.exit(0)
 
 
@@ -62,7 +63,7 @@ def ship(run: str | None, name: str | None, folder: Path) -> str:
     if not scored:
         raise UsageError(f"--run={run} has no seed that finished.")
     score, seed = max(scored)
-    source = _teachers.path_of(Path(run), "l2t_dln", seed)
+    source = trained_teachers.path_of(Path(run), "l2t_dln", seed)
     if not source.exists():
         raise UsageError(f"{source} is not there: an optax teacher has nothing that could be shipped.")
     folder.mkdir(parents=True, exist_ok=True)
@@ -80,8 +81,8 @@ def card(record: dict[str, Any], seed: int) -> dict[str, Any]:
     noise = Noise(**given["noise"]) if given["noise"] else None
     config = Config(**known | {"settings": Preset(**given["settings"]), "noise": noise})
     return {
-        "teacher": teacher_arguments(config),
-        "dln": dln_arguments(config),
+        "teacher": teacher_arguments(config.teacher, config.settings),
+        "dln": dln_arguments(config.settings),
         "student": {name: given["settings"][name] for name in OPTIMIZER},
         "trained_on": {name: given[name] for name in STUDENT},
         "seed": seed,

@@ -16,16 +16,16 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _cells, _flags, _labels, _noise
+from experiments import _flags, _labels, _noise
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
-from experiments._instruments import Instruments
-from experiments._methods import Entry
-from experiments._run import run_entries
-from experiments._setting import Setting, build_setting
-from experiments._study_pictures import PICTURES, draw
-from experiments.presets import PRESETS
+from l2t_jax.presets import PRESETS
+from l2t_jax.runs import cells
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.instruments import Instruments
 from l2t_jax.runs.records import Metrics
+from l2t_jax.runs.running import run_entries
+from l2t_jax.runs.setting import Entry, Setting, build_setting
+from l2t_jax.runs.study_pictures import PICTURES, draw
 
 flags.DEFINE_string(
     "presets", "released,residual", f"One or more of {', '.join(PRESETS)}; takes the place of --preset."
@@ -46,7 +46,7 @@ def _prepare() -> Noise | None:
         raise UsageError("--preset is one of several here: give --presets.")
     if FLAGS["method"].present:
         raise UsageError("--method is l2t_dln here, whose parts are looked at: leave it out.")
-    _cells.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{FLAGS.labels}")
+    _flags.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{FLAGS.labels}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 leaves no examples that no run has seen: hold out a part of training.")
     return _labels.noise()
@@ -55,7 +55,7 @@ def _prepare() -> Noise | None:
 def study(config: Config, options: Options) -> int:
     """Train with every preset, measured, then draw what was seen."""
     names = [_flags.known("presets", name.strip(), PRESETS) for name in FLAGS.presets.split(",") if name.strip()]
-    dataset = _cells.loader(config, options)(config.dataset)
+    dataset = cells.loader(config, options)(config.dataset)
     root, code, rows = Path(options.workdir), 0, []
     for name in names:
         place = dataclasses.replace(options, workdir=str(root / name))

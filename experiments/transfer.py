@@ -17,12 +17,13 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _cells, _flags, _groups, _labels, _noise
-from experiments._cells import group_of, run_cell
+from experiments import _flags, _groups, _labels, _noise
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
-from experiments._report import result, tested_on
-from experiments._tables import name_of, paired, probability, setup_of
+from l2t_jax.runs import cells
+from l2t_jax.runs.cells import group_of, run_cell
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import result, tested_on
+from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
 flags.DEFINE_string("sources", "", "Trained teachers, comma separated: shipped:NAME, or directories of runs.")
 FLAGS = flags.FLAGS
@@ -49,7 +50,7 @@ def _prepare() -> Noise | None:
     for name in ("method", "teacher"):
         if FLAGS[name].present:
             raise UsageError(f"--{name} is what the table goes over: leave it out.")
-    _cells.set_defaults(seeds="5", workdir=f"runs/transfer_{FLAGS.labels}")
+    _flags.set_defaults(seeds="5", workdir=f"runs/transfer_{FLAGS.labels}")
     return _labels.noise()
 
 
@@ -60,7 +61,7 @@ def transfer(config: Config, options: Options) -> int:
     if not sources or len(set(names)) < len(names):
         raise UsageError("--sources must name at least one trained teacher, each by another last name.")
     groups, root, code = _groups.groups(config), Path(options.workdir), 0
-    load = _cells.loader(config, options)
+    load = cells.loader(config, options)
     found: dict[str, Rows] = {}
     for group in groups:
         rows: Rows = {}

@@ -4,7 +4,7 @@
   python -m experiments.tune --labels=noisy --method=l2t_dln --grid="dln_lr=1e-3,1e-2;squash=softmax,log_softmax"
   python -m experiments.tune --labels=noisy --method=l2t_dln --teacher=adam --grid="dln_lr=1e-3,1e-2" --rounds=140
 
-The grid is of rows of the preset's sheet (experiments/presets.py). --held_out (here 0.2) of the training examples take
+The grid is of rows of the preset's sheet (l2t_jax/presets.py). --held_out (here 0.2) of the training examples take
 the place of the test set, which is not read. A combination that is done is kept: with a longer grid give the same
 --workdir (default runs/tune_LABELS). Writes records/, a JSON file a combination, and table.md, the best first.
 """
@@ -16,13 +16,14 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _cells, _flags, _labels, _noise
-from experiments._cells import group_of, records_in, run_cell
+from experiments import _flags, _labels, _noise
 from experiments._command import command, start
-from experiments._config import Config, Noise, Options, UsageError
-from experiments._report import result
-from experiments._tables import name_of, setup_of
-from experiments.presets import Preset
+from l2t_jax.presets import Preset
+from l2t_jax.runs import cells
+from l2t_jax.runs.cells import group_of, records_in, run_cell
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import result
+from l2t_jax.runs.tables import name_of, setup_of
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
 FLAGS = flags.FLAGS
@@ -38,7 +39,7 @@ def main(argv: list[str]) -> None:
 
 
 def _prepare() -> Noise | None:
-    _cells.set_defaults(held_out=0.2, workdir=f"runs/tune_{FLAGS.labels}")
+    _flags.set_defaults(held_out=0.2, workdir=f"runs/tune_{FLAGS.labels}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 would choose settings on the test set: hold out a part of training.")
     return _labels.noise()
@@ -47,7 +48,7 @@ def _prepare() -> Noise | None:
 def run_grid(config: Config, options: Options) -> int:
     """Run every combination that is not done, then write the table of all records of the directory."""
     grid, code, root = parse_grid(FLAGS.grid), 0, Path(options.workdir)
-    load = _cells.loader(config, options)
+    load = cells.loader(config, options)
     for method, given in itertools.product(config.methods, grid):
         settings = _flags.checked(dataclasses.replace(config.settings, **given))
         cell = dataclasses.replace(config, methods=(method,), settings=settings)
@@ -77,7 +78,7 @@ def parse_grid(text: str) -> Grid:
 
 def markdown(records: list[dict[str, Any]]) -> str:
     """A row for each record and method, the best held-out accuracy first; columns for what differs among them."""
-    configs = [_cells.complete(record["config"]) for record in records]
+    configs = [cells.complete(record["config"]) for record in records]
     settings = [config["settings"] | {name: config[name] for name in ("teacher", "rounds")} for config in configs]
     names = [*(field.name for field in dataclasses.fields(Preset)), "teacher", "rounds"]
     differing = [name for name in names if len({str(s[name]) for s in settings}) > 1]

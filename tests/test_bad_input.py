@@ -16,11 +16,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import _flags, classification
-from experiments._methods import SCHEDULES, method_names
-from experiments.presets import PRESETS
 from l2t_jax import data
 from l2t_jax.losses import LOSSES, LossError, check_loss
 from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods import method_names
+from l2t_jax.methods.parts import SCHEDULES
+from l2t_jax.presets import PRESETS
 from l2t_jax.runs import parallel
 from l2t_jax.runs.parallel import SHARDS
 from l2t_jax.students import STUDENTS
@@ -99,7 +100,7 @@ def launch(*arguments):
         redirect_stdout(io.StringIO()),
         pytest.raises(SystemExit) as stop,
     ):
-        patch.setattr("experiments._run.train", None)
+        patch.setattr("l2t_jax.runs.running.train", None)
         patch.setattr(data, "load", lambda *_: DIGITS)
         _flags.parse_arguments(["classification.py", *arguments])
         classification.main([])

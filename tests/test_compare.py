@@ -10,12 +10,13 @@ import pytest
 from absl.testing import flagsaver
 from launching import SMALL, launch
 
-from experiments import _flags, _tables, compare, noisy_labels
-from experiments._methods import TAUGHT, method_names
-from experiments._setting import build_setting
-from experiments.published import PUBLISHED, Setup
+from experiments import _flags, compare, noisy_labels
 from l2t_jax import data
 from l2t_jax.losses import LOSSES
+from l2t_jax.methods import TAUGHT, method_names
+from l2t_jax.runs import tables
+from l2t_jax.runs.published import PUBLISHED, Setup
+from l2t_jax.runs.setting import build_setting
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but controls and what is of a kind that is there already; `test_every_name_builds` has all.
@@ -81,7 +82,7 @@ def test_methods_see_the_same_students_and_batches(table):
 
 def test_done_cells_are_kept(table, monkeypatch, capsys):
     before = (table / "table.md").read_text()
-    monkeypatch.setattr("experiments._cells.run_entries", None)
+    monkeypatch.setattr("l2t_jax.runs.cells.run_entries", None)
     assert launch(compare, *TABLE, f"--workdir={table}") == 0
     assert (table / "table.md").read_text() == before
     assert launch(compare, *TABLE, f"--workdir={table}", "--rounds=3") == 2
@@ -135,14 +136,14 @@ def record(method, per_seed, seeds=(0, 1, 2), steps=100, noise=None, student="le
 def test_differences_are_paired_by_seed():
     """Seeds vary by 10 points and the method by 1: only a paired test sees it."""
     ours, base = [0.91, 0.815, 0.705], [0.90, 0.80, 0.70]
-    groups = _tables.collect([record("focal", ours), record("cross_entropy", base)])
+    groups = tables.collect([record("focal", ours), record("cross_entropy", base)])
     rows = {row.method: row for row in groups[Setup("mnist", "lenet")]}
     assert rows["focal"].difference == pytest.approx(1.0)
     d = np.subtract(ours, base)
     t = d.mean() / (d.std(ddof=1) / np.sqrt(3))  # 2 degrees of freedom: p in closed form
     assert rows["focal"].p == pytest.approx(1 - t / np.sqrt(t**2 + 2))
     assert rows["cross_entropy"].p is None and rows["cross_entropy"].published == 99.02
-    other = _tables.collect([record("focal", ours, seeds=(3, 4, 5)), record("cross_entropy", base)])
+    other = tables.collect([record("focal", ours, seeds=(3, 4, 5)), record("cross_entropy", base)])
     assert next(r for r in other[Setup("mnist", "lenet")] if r.method == "focal").difference is None
 
 
@@ -150,15 +151,15 @@ def test_differences_are_paired_by_seed():
     ("ours", "base"), [([0.9, 0.8], [0.9, 0.8]), ([0.9, None], [0.8, 0.7]), ([0.91, 0.81], [0.9, 0.8])]
 )
 def test_no_test_without_variation(ours, base):
-    assert _tables.paired(ours, base) is None
+    assert tables.paired(ours, base) is None
 
 
 def test_groups_and_failures_are_told():
     noise = {"kind": "flip2", "ratio": 0.4}
     records = [record("cross_entropy", [0.9, 0.8, None]), record("cross_entropy", [0.5, 0.4, 0.3], noise=noise)]
-    groups = _tables.collect(records)
+    groups = tables.collect(records)
     assert list(groups) == [Setup("mnist", "lenet"), Setup("mnist", "lenet", "flip2 40")]
-    text = _tables.markdown(groups, records, "both")
+    text = tables.markdown(groups, records, "both")
     assert "85.00 ± 7.07 (1 stopped early)" in text and "## mnist, lenet, flip2 40 %" in text
 
 

@@ -13,12 +13,13 @@ from absl import flags
 from absl.testing import flagsaver
 from launching import launch
 
-from experiments import _flags, _setting, classification, figures
-from experiments._setting import example_inputs
-from experiments.presets import PRESETS
+from experiments import _flags, classification, figures
 from l2t_jax import data
+from l2t_jax.presets import PRESETS
+from l2t_jax.runs import setting
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.records import load_arrays
+from l2t_jax.runs.setting import example_inputs
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 ROOT = Path(__file__).parents[1]
@@ -99,7 +100,7 @@ def test_transfer_is_taught_by_the_frozen_teacher(finished):
         _flags.parse_arguments(["classification.py", *SMALL, f"--workdir={finished}"])
         config, options = _flags.resolve("classification")
     dataset = data.load("digits")
-    _, entries = _setting.build_setting(config, options, dataset)
+    _, entries = setting.build_setting(config, options, dataset)
     taught = {}
     for entry in entries[:2]:
         fresh = entry.method.init(jax.random.key(0), example_inputs(dataset))
@@ -169,7 +170,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
         return dispatch
 
     monkeypatch.setattr(training, "_dispatch", poisoned)
-    build = _setting.image_classification
+    build = setting.image_classification
 
     def task_with_holes(dataset):
         task = build(dataset)
@@ -183,7 +184,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
 
         return task._replace(gather=gather)
 
-    monkeypatch.setattr(_setting, "image_classification", task_with_holes)
+    monkeypatch.setattr(setting, "image_classification", task_with_holes)
     workdir = tmp_path / "run"
     arguments = [a for a in SMALL if "seeds" not in a]
     assert launch(classification, *arguments, "--seeds=3", f"--workdir={workdir}") == 1
@@ -277,7 +278,7 @@ def test_help_teaches_every_flag():
 
 def test_the_sheet_in_the_docstring_is_the_code():
     """The table beside the presets must not drift from them."""
-    import experiments.presets as presets
+    import l2t_jax.presets as presets
 
     rows = {}
     for line in presets.__doc__.splitlines():

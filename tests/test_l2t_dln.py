@@ -11,7 +11,6 @@ import pytest
 import toy
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.methods import METHODS
 from l2t_jax.methods.common import on_validation, reborn, several
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
@@ -203,7 +202,7 @@ def test_optax_teacher_descends_the_hypergradient():
 def test_fixed_loss_takes_the_same_steps(stages):
     """The baseline on a method's batches: S N steps, in the order of the stages, from the same initial student."""
     loss = Loss(lambda key: {}, lambda params, outputs, targets: toy.task.error(outputs, targets))
-    method = METHODS["fixed_loss"](toy.student, toy.task, loss, SGD, stages=stages)
+    method = fixed_loss(toy.student, toy.task, loss, SGD, stages=stages)
     state = method.init(jax.random.key(0), jnp.zeros((2, 5)))
     _, taught = build("restart")
     chex.assert_trees_all_equal(state.student, taught.student)

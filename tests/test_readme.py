@@ -7,11 +7,12 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from experiments import _flags, _methods, _tables, classification, replication
-from experiments._config import Config
-from experiments._report import percent
-from experiments.presets import PRESETS
-from l2t_jax import losses, students
+from experiments import _flags, classification, replication
+from l2t_jax import losses, methods, students
+from l2t_jax.presets import PRESETS
+from l2t_jax.runs import tables
+from l2t_jax.runs.config import Config
+from l2t_jax.runs.reporting import percent
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "experiments" / "results").glob("compare_*"))
@@ -23,7 +24,7 @@ PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 @pytest.fixture
 def registries():
     """The dicts that readers add to, as they were again afterwards."""
-    known = (losses.LOSSES, students.STUDENTS, _methods.METHODS)
+    known = (losses.LOSSES, students.STUDENTS, methods.METHODS)
     before = [dict(registry) for registry in known]
     yield
     for registry, entries in zip(known, before, strict=True):
@@ -76,9 +77,9 @@ def test_results_table_is_the_record(path):
 def test_comparison_tables_are_their_records(folder):
     """table.md is what its records say, they are of clean commits, and README's excerpt is taken from them."""
     records = [json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))]
-    groups = _tables.sorted_groups(records)
+    groups = tables.sorted_groups(records)
     kind = folder.name.removeprefix("compare_")
-    assert (folder / "table.md").read_text() == _tables.markdown(groups, records, f"{kind} labels")
+    assert (folder / "table.md").read_text() == tables.markdown(groups, records, f"{kind} labels")
     for record in records:
         assert record["environment"]["git"]["dirty"] is False
         assert record["command"].startswith(f"python -m experiments.compare --table={kind} ")
@@ -88,7 +89,7 @@ def test_comparison_tables_are_their_records(folder):
     for line in lines[: lines.index("")]:
         method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         for setup, cell in zip(setups, cells, strict=True):
-            rows = next(rows for found, rows in groups.items() if _tables.name_of(found) == setup)
+            rows = next(rows for found, rows in groups.items() if tables.name_of(found) == setup)
             assert cell == next((percent(row.accuracy) for row in rows if row.method == method), ""), (method, setup)
 
 

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 from launching import launch
 
-from experiments import _study_pictures, figures, study
+from experiments import figures, study
+from l2t_jax.runs import study_pictures
 
 SMALL = ("--rounds=2", "--unroll_length=2", "--width=8", "--seeds=2", "--teacher=sgd", "--dln_lr=3.0")
 
@@ -41,7 +42,7 @@ def test_a_dln_that_is_cross_entropy_measures_as_such(measured):
 
 def test_pictures(measured):
     names = {path.name for path in measured.glob("*.png")}
-    assert names == {*(f"{name}.png" for name in _study_pictures.PICTURES), "position.png"}
+    assert names == {*(f"{name}.png" for name in study_pictures.PICTURES), "position.png"}
     assert all(path.stat().st_size > 10_000 for path in measured.glob("*.png"))
     assert json.loads((measured / "residual" / "summary.json").read_text())["config"]["held_out"] == 0.2
 
@@ -65,7 +66,7 @@ def test_positions_are_of_the_start_the_half_and_the_end():
         for seed in (0, 1)
         for r in (0, 3, 9)
     ]
-    found = _study_pictures.positions(rows)
+    found = study_pictures.positions(rows)
     assert list(found) == ["a, start", "a, half", "a, end"]
     np.testing.assert_array_equal(found["a, half"][0], [1, 2])
     np.testing.assert_array_equal(found["a, half"][1], [[30, 1], [31, 1]])

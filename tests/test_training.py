@@ -11,7 +11,7 @@ import optax
 import pytest
 import toy
 
-from l2t_jax.methods import METHODS
+from l2t_jax.methods import l2t_dln
 from l2t_jax.runs import training
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import Layout
@@ -67,7 +67,7 @@ class Runner:
 
     def __init__(self, path, teacher=None, stop_after=None, seed=0):
         teacher = TEACHERS["adam"](0.01) if teacher is None else teacher
-        self.method = METHODS["l2t_dln"](
+        self.method = l2t_dln(
             toy.student,
             toy.task,
             temperature_loss(),

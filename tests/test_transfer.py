@@ -7,9 +7,10 @@ from pathlib import Path
 import pytest
 from launching import SMALL, launch, write_record
 
-from experiments import _cells, _teachers, transfer
-from experiments._config import Config
-from experiments.presets import Preset
+from experiments import transfer
+from l2t_jax.presets import Preset
+from l2t_jax.runs import cells, trained_teachers
+from l2t_jax.runs.config import Config
 from l2t_jax.runs.records import WorkdirError
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
@@ -60,14 +61,14 @@ def test_a_cell_of_other_teachers_is_not_taken_for_done(tmp_path):
     found["config"]["taught_by"] = {"l2t_dln, seed 0": hashlib.sha256(b"one").hexdigest()}
     record.write_text(json.dumps(found))
     with pytest.raises(WorkdirError, match="is of other teachers than"):
-        _cells._same(record, config, str(tmp_path / "nowhere"))
+        cells._same(record, config, str(tmp_path / "nowhere"))
     for name in ("one", "two"):
-        path = _teachers.path_of(Path(tmp_path / name), "l2t_dln", 0)
+        path = trained_teachers.path_of(Path(tmp_path / name), "l2t_dln", 0)
         path.parent.mkdir(parents=True)
         path.write_bytes(name.encode())
-    _cells._same(record, config, str(tmp_path / "one"))
+    cells._same(record, config, str(tmp_path / "one"))
     with pytest.raises(WorkdirError, match="is of other teachers than"):
-        _cells._same(record, config, str(tmp_path / "two"))
+        cells._same(record, config, str(tmp_path / "two"))
 
 
 @pytest.mark.parametrize(

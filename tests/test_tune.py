@@ -10,12 +10,12 @@ import pytest
 from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
-from experiments._config import Config, UsageError
-from experiments._methods import build_teacher_optimizer, dln_arguments
-from experiments._setting import build_optimizer
-from experiments.presets import PRESETS, Preset
 from l2t_jax import data
 from l2t_jax.losses.dln import dln
+from l2t_jax.methods.parts import build_teacher_optimizer, dln_arguments
+from l2t_jax.presets import PRESETS, Preset
+from l2t_jax.runs.config import Config, UsageError
+from l2t_jax.runs.setting import build_optimizer
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
 pytestmark = pytest.mark.usefixtures("small_lstm")
@@ -46,7 +46,7 @@ def test_a_grid_is_judged_on_held_out_training_examples(tuned):
 
 
 def test_a_done_combination_is_kept(tuned, monkeypatch):
-    monkeypatch.setattr("experiments._cells.run_entries", None)
+    monkeypatch.setattr("l2t_jax.runs.cells.run_entries", None)
     assert launch(tune, *TUNE, f"--workdir={tuned}", "--grid=student_lr=0.1;student_schedule=cosine") == 0
 
 
@@ -132,7 +132,7 @@ def test_the_sheet_reaches_every_knob_of_the_dln():
     settings = Preset(squash="identity", reduction="sum", residual=True, compress=3.0, dln_form="paper")
     config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "paper", "lstm", 2, "auto", (0,), settings)
     known = {"form": "paper", "squash": "identity", "reduction": "sum", "residual": True, "compress": 3.0}
-    assert dln_arguments(config) == known and set(known) == set(inspect.signature(dln).parameters)
+    assert dln_arguments(config.settings) == known and set(known) == set(inspect.signature(dln).parameters)
 
 
 def test_the_learning_rate_falls_and_long_gradients_are_clipped():

@@ -5,8 +5,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from experiments._instruments import HORIZONS
-from experiments._report import curves
+from l2t_jax.runs.instruments import HORIZONS
+from l2t_jax.runs.reporting import curves
 from l2t_jax.runs import plots
 
 Rows = list[dict[str, Any]]

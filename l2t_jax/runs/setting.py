@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -9,10 +10,13 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from experiments._config import Config, Options, UsageError
-from experiments._methods import SCHEDULES, Entry, Parts, build_entries
-from experiments.presets import Preset
+from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.methods import TAUGHT, build_method
+from l2t_jax.methods.parts import SCHEDULES, Parts
+from l2t_jax.presets import Preset
+from l2t_jax import data
 from l2t_jax.data import Dataset
+from l2t_jax.data.noise import with_noise
 from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.optimizers import clip_by_global_norm
 from l2t_jax.runs import parallel
@@ -20,7 +24,19 @@ from l2t_jax.runs.parallel import Layout
 from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
-from l2t_jax.types import Array, Student, Task
+from l2t_jax.types import Array, Method, Student, Task
+
+
+META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
+
+
+class Entry(NamedTuple):
+    """A row of the table: a method, whose trained teacher it takes over, if any, and how many students it trains."""
+
+    name: str
+    method: Method
+    teacher_of: str | None = None
+    lives: int = 1  # of so many rounds as the run has for every student; the last one is judged
 
 
 class Setting(NamedTuple):
@@ -52,9 +68,43 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
     schedule = build_schedule(config, dataset)
     optimizer = build_optimizer(config.settings, schedule.rounds * schedule.stages * schedule.unroll_length)
-    parts = Parts(config, student, task, optimizer, dataset.num_classes, schedule, layout)
+    parts = Parts(
+        settings=config.settings,
+        teacher=config.teacher,
+        student=student,
+        task=task,
+        optimizer=optimizer,
+        classes=dataset.num_classes,
+        rounds=schedule.rounds,
+        stages=schedule.stages,
+        unroll_length=schedule.unroll_length,
+        memory=config.memory,
+        axis_name=layout.axis_name,
+        at_once=layout.seeds,
+    )
     setting = Setting(config, options, dataset, student, task, schedule, layout, optimizer)
-    return setting, build_entries(parts, options.teacher_from is not None)
+    return setting, build_entries(config.methods, parts, options.teacher_from is not None)
+
+
+def build_entries(methods: Sequence[str], parts: Parts, elsewhere: bool = False) -> list[Entry]:
+    """The rows of the table, in the order of the methods' names.
+
+    A method with a teacher gives two, one for each protocol; only the transfer, where its teacher is from elsewhere.
+
+    Raises:
+      UsageError: the parts do not do for a method.
+    """
+    entries = []
+    for name in methods:
+        try:
+            if name not in TAUGHT or not elsewhere:
+                lives = parts.settings.lives if name == "l2t_dln" else 1
+                entries.append(Entry(name, build_method(name, parts), lives=lives))
+            if name in TAUGHT:
+                entries.append(Entry(f"{name}_transfer", build_method(name, parts, learn=False), name))
+        except ValueError as error:
+            raise UsageError(f"--method={name}: {error}") from error
+    return entries
 
 
 def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:
@@ -95,6 +145,20 @@ def build_schedule(config: Config, dataset: Dataset) -> Schedule:
     except ValueError as error:
         raise UsageError(str(error)) from error
     return dataclasses.replace(schedule, rounds=config.rounds or settings.epochs * schedule.rounds_per_epoch)
+
+
+def prepare(config: Config, options: Options) -> Dataset:
+    """Load a config's data set, hold a part out, make labels wrong.
+
+    Raises:
+      DataError: it is not there, or cannot be divided or corrupted as asked.
+    """
+    dataset = data.hold_out(data.load(config.dataset, options.data_dir, options.download), config.held_out)
+    noise = config.noise
+    if noise is None:
+        return dataset
+    default = META if len(dataset.train_labels) >= FEW else META // 10
+    return with_noise(dataset, noise.kind, noise.ratio, default if noise.meta is None else noise.meta, noise.seed)
 
 
 def enable_compilation_cache() -> None:

@@ -11,8 +11,8 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from experiments._methods import build_dln, teacher_arguments
-from experiments._setting import Setting
+from l2t_jax.methods.parts import build_dln, teacher_arguments
+from l2t_jax.runs.setting import Setting
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
 from l2t_jax.data import order
 from l2t_jax.losses import build_loss
@@ -57,8 +57,8 @@ class Instruments:
         """
         config, student, task = setting.config, setting.student, setting.task
         self._schedule = setting.schedule.of(method)
-        dln = build_dln(config, setting.dataset.num_classes)
-        teacher = build_teacher(**teacher_arguments(config))
+        dln = build_dln(config.settings, setting.dataset.num_classes)
+        teacher = build_teacher(**teacher_arguments(config.teacher, config.settings))
         fixed = build_loss("cross_entropy", setting.dataset.num_classes)
         outer = outer_objective(student, task)
         length = self._schedule.unroll_length

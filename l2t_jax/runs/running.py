@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 
-from experiments import _teachers
-from experiments._config import Options
-from experiments._methods import TAUGHT, Entry
-from experiments._observe import Observer
-from experiments._report import Outcomes, reason, report
-from experiments._setting import Setting, example_inputs
+from l2t_jax.runs import trained_teachers
+from l2t_jax.runs.config import Options
+from l2t_jax.methods import TAUGHT
+from l2t_jax.runs.observing import Observer
+from l2t_jax.runs.reporting import Outcomes, reason, report
+from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.data.noise import wrong_share
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import leader_first
@@ -105,7 +105,7 @@ def run_entries(
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
         "taught_by": {
-            f"{name}, seed {seed}": _teachers.digest(options.teacher_from or "", name, seed) for name, seed in taught
+            f"{name}, seed {seed}": trained_teachers.digest(options.teacher_from or "", name, seed) for name, seed in taught
         },
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume))
@@ -186,7 +186,7 @@ def _train_entry(
             if run.checkpoints is not None:
                 run.checkpoints.close()
             if directory is not None and entry.name in TAUGHT and outcome.failure is None:
-                _teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
+                trained_teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
             if outcome.failure is not None:
                 progress.line(
                     f"{run.name}, seed {run.seed} stopped at {outcome.failure}; its last good checkpoint is kept"
@@ -202,12 +202,12 @@ def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str,
     found: dict[tuple[str, int], PyTree] = {}
     if source is None:
         return found
-    _teachers.check(source, setting.config)
+    trained_teachers.check(source, setting.config)
     for entry in entries:
         if entry.teacher_of is not None:
             state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
             for seed in setting.config.seeds:
-                found[(entry.teacher_of, seed)] = _teachers.load(source, entry.teacher_of, seed, state.teacher)
+                found[(entry.teacher_of, seed)] = trained_teachers.load(source, entry.teacher_of, seed, state.teacher)
     return found
 
 

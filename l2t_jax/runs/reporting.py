@@ -14,8 +14,7 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from experiments._methods import Entry
-from experiments._setting import Setting, example_inputs
+from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.losses.dln import Layer, surface
 from l2t_jax.runs import plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
@@ -23,7 +22,7 @@ from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks.evaluation import evaluate
 
 SURFACE_POINTS = 41
-OBSERVED = {  # see `experiments._observe`
+OBSERVED = {  # see `l2t_jax.runs.observing`
     "memorised": "wrong labels learned, share",
     "recovered": "wrong labels seen through, share",
     "fitted": "right labels learned, share",

@@ -9,10 +9,10 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from experiments._config import Noise
-from experiments._methods import method_names
-from experiments._report import percent, result, tested_on
-from experiments.published import PUBLISHED, Setup
+from l2t_jax.runs.config import Noise
+from l2t_jax.methods import method_names
+from l2t_jax.runs.reporting import percent, result, tested_on
+from l2t_jax.runs.published import PUBLISHED, Setup
 from l2t_jax.runs import plots
 
 BASELINE = "cross_entropy"

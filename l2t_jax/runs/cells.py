@@ -8,34 +8,15 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from absl import flags
-
-from experiments import _teachers
-from experiments._config import Config, Options, UsageError
-from experiments._data import prepare
-from experiments._report import percent
-from experiments._run import run_entries
-from experiments._setting import build_setting
-from experiments.presets import Preset
+from l2t_jax.runs import trained_teachers
+from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.runs.reporting import percent
+from l2t_jax.runs.running import run_entries
+from l2t_jax.runs.setting import build_setting, prepare
+from l2t_jax.presets import Preset
 from l2t_jax.data import Dataset
 from l2t_jax.runs.records import WorkdirError, write_json
 
-FLAGS = flags.FLAGS
-
-
-def set_defaults(**defaults: Any) -> None:
-    """Give shared flags the values that a table has for them where the user gave none.
-
-    Raises:
-      UsageError: a flag was given that is for single runs.
-    """
-    if FLAGS.teacher_from is not None:
-        raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
-    if FLAGS.coordinator is not None:
-        raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
-    for name, value in defaults.items():
-        if not FLAGS[name].present:
-            setattr(FLAGS, name, value)
 
 
 def loader(config: Config, options: Options) -> Callable[[str], Dataset]:
@@ -96,7 +77,7 @@ def _same(record: Path, config: Config, source: str | None) -> None:
             "run the cell anew."
         )
     taught = there["taught_by"] if source else {}
-    if source and any(_teachers.digest(source, *_method_and_seed(pair)) != sha for pair, sha in taught.items()):
+    if source and any(trained_teachers.digest(source, *_method_and_seed(pair)) != sha for pair, sha in taught.items()):
         raise WorkdirError(f"{record} is of other teachers than {source} has: choose another --workdir, or remove it.")
     if config.rounds not in (None, there["rounds"]):
         raise WorkdirError(

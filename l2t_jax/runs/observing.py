@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments._setting import Setting
+from l2t_jax.runs.setting import Setting
 from l2t_jax.types import Array, Batch, Method, MethodState, PyTree
 
 EXAMPLES = 1000  # of the corrupted training part, the first ones in its random order; always the same

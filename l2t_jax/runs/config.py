@@ -1,11 +1,8 @@
-"""What an experiment's flags resolve to, and how bad input is told."""
+"""What a run is asked for."""
 
 import dataclasses
-import sys
-from typing import NoReturn
 
-from experiments.presets import Preset
-from l2t_jax.runs.parallel import leave
+from l2t_jax.presets import Preset
 
 
 class UsageError(ValueError):
@@ -18,7 +15,7 @@ class Noise:
 
     kind: str
     ratio: float
-    meta: int | None  # clean examples kept apart; None: as many as `experiments._noise.META` says
+    meta: int | None  # clean examples kept apart; None: as many as `l2t_jax.runs.setting.META` says
     seed: int
 
 
@@ -59,9 +56,3 @@ class Options:
     num_processes: int | None
     process_id: int | None
     teacher_from: str | None  # a run directory; the record holds the digests of its teachers
-
-
-def fail(message: str, code: int = 2) -> NoReturn:
-    """Say in one line what is wrong and exit."""
-    print(f"error: {' '.join(message.splitlines())}", file=sys.stderr)
-    leave(code)

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 
-from experiments._config import Config, UsageError
-from experiments._methods import dln_arguments, teacher_arguments
+from l2t_jax.runs.config import Config, UsageError
+from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax import teachers
 from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.trained import fill
@@ -69,7 +69,7 @@ def check(source: str, config: Config) -> None:
     if config.teacher != about["teacher"]["name"]:
         raise UsageError(f"--teacher_from={source} is an {about['teacher']['name']}: leave --teacher out.")
     different: dict[str, Any] = {}
-    for asked, known in ((teacher_arguments(config), about["teacher"]), (dln_arguments(config), about["dln"])):
+    for asked, known in ((teacher_arguments(config.teacher, config.settings), about["teacher"]), (dln_arguments(config.settings), about["dln"])):
         different |= {name: value for name, value in known.items() if asked[name] != value}
     if different:
         rows = {"form": "dln_form"}
