@@ -18,7 +18,6 @@ from l2t_jax.data import Dataset
 from l2t_jax.runs.records import WorkdirError, write_json
 
 
-
 def loader(config: Config, options: Options) -> Callable[[str], Dataset]:
     """From a data set's name to its data, as the config asks for them; the last one is kept in memory."""
     return lru_cache(maxsize=1)(lambda name: prepare(dataclasses.replace(config, dataset=name), options))

@@ -326,7 +326,9 @@ def _quiet() -> Iterator[None]:
 def main(argv: list[str]) -> int:
     """List and verify the checkpoints below a directory; exit code 1 where one is damaged, 2 where there are none."""
     if len(argv) != 2 or argv[1].startswith("-"):
-        print("usage: python -m l2t_jax.runs.checkpoints WORKDIR\nLists every checkpoint below WORKDIR and verifies it.")
+        print(
+            "usage: python -m l2t_jax.runs.checkpoints WORKDIR\nLists every checkpoint below WORKDIR and verifies it."
+        )
         return 0 if argv[1:] in (["--help"], ["-h"]) else 2
     root = Path(argv[1])
     directories = sorted({path.parent for path in root.rglob("*") if path.is_dir() and path.name.isdecimal()})

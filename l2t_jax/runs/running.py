@@ -105,7 +105,8 @@ def run_entries(
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
         "taught_by": {
-            f"{name}, seed {seed}": trained_teachers.digest(options.teacher_from or "", name, seed) for name, seed in taught
+            f"{name}, seed {seed}": trained_teachers.digest(options.teacher_from or "", name, seed)
+            for name, seed in taught
         },
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume))

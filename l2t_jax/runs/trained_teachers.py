@@ -69,7 +69,10 @@ def check(source: str, config: Config) -> None:
     if config.teacher != about["teacher"]["name"]:
         raise UsageError(f"--teacher_from={source} is an {about['teacher']['name']}: leave --teacher out.")
     different: dict[str, Any] = {}
-    for asked, known in ((teacher_arguments(config.teacher, config.settings), about["teacher"]), (dln_arguments(config.settings), about["dln"])):
+    for asked, known in (
+        (teacher_arguments(config.teacher, config.settings), about["teacher"]),
+        (dln_arguments(config.settings), about["dln"]),
+    ):
         different |= {name: value for name, value in known.items() if asked[name] != value}
     if different:
         rows = {"form": "dln_form"}

@@ -1,0 +1,1 @@
+"""Runs: all that sees no more of a method than `init`, `round` and metrics."""
