@@ -8,14 +8,14 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
+from l2t_jax.data import Dataset
+from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
-from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.runs.config import Config, Options
+from l2t_jax.runs.records import WorkdirError, write_json
 from l2t_jax.runs.reporting import percent
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
-from l2t_jax.presets import Preset
-from l2t_jax.data import Dataset
-from l2t_jax.runs.records import WorkdirError, write_json
 
 
 def loader(config: Config, options: Options) -> Callable[[str], Dataset]:

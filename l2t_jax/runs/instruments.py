@@ -11,13 +11,13 @@ import numpy as np
 import optax
 from jax.flatten_util import ravel_pytree
 
-from l2t_jax.methods.parts import build_dln, teacher_arguments
-from l2t_jax.runs.setting import Setting
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
 from l2t_jax.data import order
 from l2t_jax.losses import build_loss
 from l2t_jax.losses.dln import surface
 from l2t_jax.methods.common import Life
+from l2t_jax.methods.parts import build_dln, teacher_arguments
+from l2t_jax.runs.setting import Setting
 from l2t_jax.teachers import build_teacher
 from l2t_jax.types import Array, Batch, Loss, Method, MethodState, PyTree, StudentState
 from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll

@@ -14,10 +14,10 @@ import numpy as np
 from rich.console import Console
 from rich.table import Table
 
-from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.losses.dln import Layer, surface
 from l2t_jax.runs import plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
+from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks.evaluation import evaluate
 

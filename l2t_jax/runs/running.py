@@ -10,14 +10,12 @@ from typing import Any
 
 import jax
 
-from l2t_jax.runs import trained_teachers
-from l2t_jax.runs.config import Options
-from l2t_jax.methods import TAUGHT
-from l2t_jax.runs.observing import Observer
-from l2t_jax.runs.reporting import Outcomes, reason, report
-from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.data.noise import wrong_share
+from l2t_jax.methods import TAUGHT
+from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.config import Options
+from l2t_jax.runs.observing import Observer
 from l2t_jax.runs.parallel import leader_first
 from l2t_jax.runs.progress import RunProgress
 from l2t_jax.runs.records import (
@@ -27,6 +25,8 @@ from l2t_jax.runs.records import (
     save_arrays,
     tensorboard_writer,
 )
+from l2t_jax.runs.reporting import Outcomes, reason, report
+from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.runs.training import Run, compile_rounds, train
 from l2t_jax.types import MethodState, PyTree
 

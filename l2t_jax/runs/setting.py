@@ -10,22 +10,21 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2t_jax.runs.config import Config, Options, UsageError
-from l2t_jax.methods import TAUGHT, build_method
-from l2t_jax.methods.parts import SCHEDULES, Parts
-from l2t_jax.presets import Preset
 from l2t_jax import data
 from l2t_jax.data import Dataset
 from l2t_jax.data.noise import with_noise
+from l2t_jax.methods import TAUGHT, build_method
 from l2t_jax.methods.l2t_dln import STAGES
+from l2t_jax.methods.parts import SCHEDULES, Parts
 from l2t_jax.optimizers import clip_by_global_norm
+from l2t_jax.presets import Preset
 from l2t_jax.runs import parallel
+from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.types import Array, Method, Student, Task
-
 
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
 

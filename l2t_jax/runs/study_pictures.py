@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from l2t_jax.runs import plots
 from l2t_jax.runs.instruments import HORIZONS
 from l2t_jax.runs.reporting import curves
-from l2t_jax.runs import plots
 
 Rows = list[dict[str, Any]]
 

@@ -9,11 +9,11 @@ from typing import Any, NamedTuple
 import numpy as np
 from scipy import stats
 
-from l2t_jax.runs.config import Noise
 from l2t_jax.methods import method_names
-from l2t_jax.runs.reporting import percent, result, tested_on
-from l2t_jax.runs.published import PUBLISHED, Setup
 from l2t_jax.runs import plots
+from l2t_jax.runs.config import Noise
+from l2t_jax.runs.published import PUBLISHED, Setup
+from l2t_jax.runs.reporting import percent, result, tested_on
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05

@@ -6,9 +6,9 @@ from typing import Any
 
 import jax
 
-from l2t_jax.runs.config import Config, UsageError
-from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax import teachers
+from l2t_jax.methods.parts import dln_arguments, teacher_arguments
+from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.trained import fill
 from l2t_jax.types import PyTree
