@@ -73,7 +73,7 @@ def problem(name: str, length: int, seeds: int = 1) -> Problem:
 
     keys = jax.random.split(jax.random.key(0), seeds)
     phi, state = start(keys[0]) if seeds == 1 else jax.vmap(start)(keys)
-    inner, outer = inner_objective(student, loss), outer_objective(student, TASK)
+    inner, outer = inner_objective(student, TASK, loss), outer_objective(student, TASK)
     return Problem(inner, outer, optimizer, phi, state, batches, validation)
 
 

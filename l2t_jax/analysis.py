@@ -164,7 +164,7 @@ def taught_error(
     Returns:
       objective(theta, phi) -> [].
     """
-    step = student_step(plain_gradient(inner_objective(student, loss)), optimizer)
+    step = student_step(plain_gradient(inner_objective(student, task, loss)), optimizer)
     error = unrolled_error(partial(unroll, step), outer_objective(student, task))
     return lambda theta, phi: error(phi, state._replace(params=theta), batches, validation)[0]
 

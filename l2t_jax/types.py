@@ -1,6 +1,6 @@
 """The records the library is composed of: small tuples of pure functions and of arrays.
 
-Legend: B batch, V validation batch, C classes, F features, N unroll length, S data stages of a round.
+Legend: B batch, V validation batch, R rows of a batch, C classes, F features, N unroll length, S data stages.
 Everything random takes a key; nothing here holds state.
 """
 
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
 import jax
+import numpy as np
 
 Array = jax.Array
 Key = jax.Array  # a typed PRNG key, shape []
@@ -15,13 +16,40 @@ PyTree = Any
 
 
 class Batch(NamedTuple):
-    """One batch of examples."""
+    """One batch of examples. Inputs and targets are whatever the task's students and errors read."""
 
-    inputs: Array  # [B, ...] float
-    targets: Array  # [B] int32 for classification
+    inputs: PyTree  # leaves [B, ...]
+    targets: PyTree  # leaves [B, ...]; [B] int32 for classification
+    weight: Array | tuple[()] = ()  # [B] how much an example counts, 0 for padding; (): all alike
     true: (
         Array | tuple[()]
     ) = ()  # [B] the targets before they were corrupted, where known: for records, not for methods
+
+
+class Read(NamedTuple):
+    """What a loss is given of a batch: the rows that are classified (examples, pixels, tokens), or what a view makes.
+
+    R = B k rows, those of an example one after the other.
+    """
+
+    outputs: PyTree  # leaves [R, ...]; logits [R, C] of "rows", a `Head` of "head"
+    targets: PyTree  # leaves [R, ...]; classes [R] of "rows"
+    weight: Array | tuple[()] = ()  # [R] how much a row counts, 0 where it is ignored; (): all alike
+
+
+class Errors(NamedTuple):
+    """The errors of a batch, unreduced; their weighted mean is the validation error."""
+
+    values: Array  # [R], R = B k as in `Read`
+    weight: Array | tuple[()] = ()  # [R]; (): all alike
+
+
+class Metric(NamedTuple):
+    """The headline of a task, as tables show it."""
+
+    name: str  # of what `Task.score` gives
+    unit: str = ""  # "%" is of fractions
+    better: Literal["higher", "lower"] = "higher"
 
 
 class RoundBatches(NamedTuple):
@@ -49,10 +77,10 @@ class Loss(NamedTuple):
     """A training loss: unreduced, batch first, with parameters that may be learned (`{}` where there are none)."""
 
     init: Callable[[Key], PyTree]
-    apply: Callable[..., Array]  # (params, outputs [B, C], targets [B], *, sample_weight, mask) -> [B]
+    apply: Callable[..., Array]  # (params, outputs [R, C], targets [R], *, sample_weight, mask) -> [R]
     # (params, part of all student steps that is done, [] in [0, 1)) -> params as they are then
     at: Callable[[PyTree, Array], PyTree] = unscheduled
-    reads: Literal["outputs", "head"] = "outputs"  # what apply is given: outputs, or a `Head` of the batch
+    reads: str = "rows"  # the view of the task that apply is given; of "head" it is a `Head` of the batch
     learned: Literal["no", "student", "teacher"] = (
         "teacher"  # params: fixed, trained beside the student, or by a teacher
     )
@@ -89,13 +117,31 @@ class Teacher(NamedTuple):
     update: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
-class Task(NamedTuple):
-    """What is learned: its error and metrics (unreduced), and how indices become batches on the device."""
+def rows(outputs: Array, targets: Array) -> Read:
+    """The view of a student that classifies its examples: each is a row. Also of a `Head` in place of outputs."""
+    return Read(outputs, targets)
 
-    error: Callable[[Array, Array], Array]  # outputs [B, C], targets [B] -> outer (validation) error [B]
-    metrics: Callable[[Array, Array], dict[str, Array]]  # -> {"accuracy": [B], ...}
+
+def means(measured: PyTree) -> dict[str, float]:
+    """The score of a task whose measures are averaged over the examples."""
+    return {name: float(np.mean(value, dtype=np.float64)) for name, value in measured.items()}
+
+
+class Task(NamedTuple):
+    """What is learned: its error, what a loss may read, how indices become batches, how a student is scored."""
+
+    error: Callable[[PyTree, PyTree], Array | Errors]  # outputs, targets -> outer (validation) errors, [B] or `Errors`
+    metrics: Callable[[PyTree, PyTree], dict[str, Array]]  # of a validation batch while training: {name: [B]}
     # (data, indices [...], keys [...] or None) -> Batch with leaves [..., ...]; keys switch augmentation on
     gather: Callable[[PyTree, Array, Key | None], Batch]
+    # name -> (outputs or `Head`, targets) -> what a loss with this name in `Loss.reads` is given
+    # (pairs and no dict, since a task is hashed where it is an argument of compiled functions)
+    views: tuple[tuple[str, Callable[[Any, PyTree], Read]], ...] = (("rows", rows), ("head", rows))
+    # (student, variables, batch) -> what must be known of each example to score a student, leaves [B, ...];
+    # None: the errors and the metrics
+    measure: Callable[["Student", dict[str, PyTree], Batch], PyTree] | None = None
+    score: Callable[[PyTree], dict[str, float]] = means  # that of all examples, leaves [n, ...], NumPy -> {name: value}
+    metric: Metric = Metric("accuracy", "%")  # the headline
 
 
 class MethodState(NamedTuple):

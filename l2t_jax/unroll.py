@@ -12,7 +12,7 @@ import optax
 from jax import lax
 
 from l2t_jax.inputs import as_arrays, check_carried, check_floats, check_inner, check_outer, length_of
-from l2t_jax.types import Array, Batch, Loss, PyTree, Student, StudentState, Task
+from l2t_jax.types import Array, Batch, Errors, Loss, PyTree, Student, StudentState, Task
 
 # (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
 InnerLoss = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
@@ -26,13 +26,13 @@ Step = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 Unroll = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 
 
-def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], Array, bool], tuple[Any, PyTree]]:
+def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], PyTree, bool], tuple[Any, PyTree]]:
     """What of a student a loss reads: its `apply`, or its `head`.
 
     Raises:
       ValueError: the loss reads the last layer apart, and the student does not give it.
     """
-    if loss.reads == "outputs":
+    if loss.reads != "head":
         return student.apply
     if student.head is None:
         raise ValueError(
@@ -42,34 +42,117 @@ def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], Ar
     return student.head
 
 
-def inner_objective(student: Student, loss: Loss) -> InnerLoss:
-    """The student's training objective: the mean of the unreduced loss over a batch, batch statistics in BatchNorm."""
-    outputs_of = outputs_for(student, loss)
+def losses_for(task: Task, loss: Loss) -> Callable[..., Errors]:
+    """A loss as a function of what a student puts out: through the view of the task that it reads.
+
+    Returns:
+      (params, outputs or `Head`, batch, **weights) -> losses [R] and their weights: of its example times its own.
+    Raises:
+      ValueError: the task has no such view; when called, the loss does not give one value for each row.
+    """
+    views = dict(task.views)
+    if loss.reads not in views:
+        raise ValueError(
+            f"this loss reads {loss.reads!r}, and the task offers {', '.join(views)}: take another loss, or add a view "
+            "to the task."
+        )
+    view = views[loss.reads]
+
+    def losses_of(params: PyTree, outputs: Any, batch: Batch, **weights: Array) -> Errors:
+        read = view(outputs, batch.targets)
+        count = jax.tree.leaves(read.targets)[0].shape[0]
+        values = loss.apply(params, read.outputs, read.targets, **weights)
+        if values.shape != (count,):
+            raise ValueError(
+                f"The loss gives {list(values.shape)} for {count} examples; expected one value for each, not reduced."
+            )
+        return Errors(values, both_weights(read.weight, batch.weight, count))
+
+    return losses_of
+
+
+def both_weights(of_rows: Array | tuple[()], of_examples: Array | tuple[()], count: int) -> Array | tuple[()]:
+    """The weight of each of `count` rows: its own times its example's; () where all count alike."""
+    if isinstance(of_examples, tuple):
+        return of_rows
+    repeated = jnp.repeat(of_examples, count // of_examples.shape[0])
+    return repeated if isinstance(of_rows, tuple) else of_rows * repeated
+
+
+def errors_of(task: Task, outputs: PyTree, batch: Batch) -> Errors:
+    """The validation errors of a batch with their weights, each row's times its example's."""
+    errors = task.error(outputs, batch.targets)
+    values, weight = errors if isinstance(errors, Errors) else (errors, ())
+    return Errors(values, both_weights(weight, batch.weight, values.shape[0]))
+
+
+def weighted_mean(errors: Errors, axis_name: str | None = None) -> Array:
+    """The mean over all rows of all devices that count, as this device's part of it: the mean over devices is right.
+
+    Without weights it is the plain mean, right as devices have equal parts. With weights w it is D sum w l / W, W being
+    the sum of the weights of all D devices, since a mean of means of unequal weight is not the mean. 0 where W is 0.
+    """
+    values, weight = errors
+    if isinstance(weight, tuple):
+        return jnp.mean(values)
+    whole, devices = jnp.sum(weight), 1
+    if axis_name is not None:
+        whole, devices = lax.psum(whole, axis_name), lax.axis_size(axis_name)
+    # What does not count may be anything, NaN too: it must not reach a derivative.
+    total = jnp.sum(jnp.where(weight > 0, weight * jnp.where(weight > 0, values, 0), 0))
+    return devices * total / jnp.where(whole > 0, whole, 1)
+
+
+def each_example(errors: Errors, examples: int) -> Array:
+    """The mean error of each example [B], of its rows that count; 0 where none does."""
+    values, weight = errors
+    values = values.reshape(examples, -1)
+    if isinstance(weight, tuple):
+        return jnp.mean(values, axis=1) if values.shape[1] > 1 else values[:, 0]
+    weight = weight.reshape(examples, -1)
+    whole = jnp.sum(weight, axis=1)
+    total = jnp.sum(jnp.where(weight > 0, weight * jnp.where(weight > 0, values, 0), 0), axis=1)
+    return total / jnp.where(whole > 0, whole, 1)
+
+
+def examples_of(batch: Batch) -> int:
+    """B."""
+    count: int = jax.tree.leaves(batch.inputs)[0].shape[0]
+    return count
+
+
+def inner_objective(student: Student, task: Task, loss: Loss, *, axis_name: str | None = None) -> InnerLoss:
+    """The student's training objective: the mean of the unreduced loss over a batch, batch statistics in BatchNorm.
+
+    Args:
+      student, task, loss: the records that are composed; the loss is given the view of the task that it reads.
+      axis_name: mapped axis over which a batch is split, if any: weights are then normalised over all of it.
+    """
+    outputs_of, losses_of = outputs_for(student, loss), losses_for(task, loss)
 
     def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         outputs, stats = outputs_of({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
-        losses = loss.apply(loss_params, outputs, batch.targets)
-        if losses.shape != batch.targets.shape[:1]:
-            raise ValueError(
-                f"The loss gives {list(losses.shape)} for {batch.targets.shape[0]} examples; "
-                "expected one value for each, not reduced."
-            )
-        return jnp.mean(losses), stats
+        return weighted_mean(losses_of(loss_params, outputs, batch), axis_name), stats
 
     return inner
 
 
-def outer_objective(student: Student, task: Task) -> OuterError:
+def outer_objective(student: Student, task: Task, *, axis_name: str | None = None) -> OuterError:
     """The validation error e_val and the task's metrics, means over a validation batch.
 
     BatchNorm uses the statistics of the validation batch, as in the released code; what that batch would add to the
     running statistics is dropped, so validation data never enters the student that is tested.
+
+    Args: as in `inner_objective`.
     """
 
     def outer(params: PyTree, batch_stats: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         outputs, _ = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
-        metrics = {name: jnp.mean(value) for name, value in task.metrics(outputs, batch.targets).items()}
-        return jnp.mean(task.error(outputs, batch.targets)), metrics
+        metrics = {
+            name: weighted_mean(Errors(value, batch.weight), axis_name)
+            for name, value in task.metrics(outputs, batch.targets).items()
+        }
+        return weighted_mean(errors_of(task, outputs, batch), axis_name), metrics
 
     return outer
 

@@ -132,7 +132,7 @@ def marked(memory):
     """A hypergradient under a `jax.shard_map` that checks what varies, phi and state marked, against one device."""
     student, loss = from_linen(toy.Network(AXIS)), toy.small_loss()
     optimizer = optax.sgd(0.1, momentum=0.9)
-    inner, outer = unroll.inner_objective(student, loss), unroll.outer_objective(student, toy.task)
+    inner, outer = unroll.inner_objective(student, toy.task, loss), unroll.outer_objective(student, toy.task)
     phi, start, (train, validation) = toy.to_x64(
         (
             loss.init(jax.random.key(1)),
@@ -147,7 +147,7 @@ def marked(memory):
         return compute(phi, start, *given[2:]).gradient
 
     alone = from_linen(toy.Network())
-    inner_alone, outer_alone = unroll.inner_objective(alone, loss), unroll.outer_objective(alone, toy.task)
+    inner_alone, outer_alone = unroll.inner_objective(alone, toy.task, loss), unroll.outer_objective(alone, toy.task)
     whole = hypergradient.hypergradient(inner_alone, outer_alone, optimizer, memory="save")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (AXIS,))
     nothing, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)

@@ -143,7 +143,7 @@ def test_phi_is_clipped_and_keeps_its_diagonal():
 @jax.jit
 def plain_step(theta, phi, batch, validation):
     """By hand: a student step, and the predictions on a validation batch after it."""
-    inner = inner_objective(toy.student, bilinear(num_classes=C))
+    inner = inner_objective(toy.student, toy.task, bilinear(num_classes=C))
     (_, stats), grads = jax.value_and_grad(inner, has_aux=True)(theta.params, theta.batch_stats, phi, batch)
     updates, optimizer_state = SGD.update(grads, theta.optimizer_state, theta.params)
     theta = type(theta)(optax.apply_updates(theta.params, updates), stats, optimizer_state)

@@ -243,7 +243,7 @@ def test_what_a_loss_gives_is_checked_in_training_too():
     loss = Loss(lambda key: {}, lambda params, outputs, targets: fine(outputs, targets).mean())
     variables, batch = toy.student.init(jax.random.key(0), jnp.zeros((2, 5))), toy.batch(0, 6)
     with pytest.raises(ValueError, match="one value for each, not reduced"):
-        inner_objective(toy.student, loss)(variables["params"], variables["batch_stats"], {}, batch)
+        inner_objective(toy.student, toy.task, loss)(variables["params"], variables["batch_stats"], {}, batch)
 
 
 def test_layouts():

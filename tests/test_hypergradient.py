@@ -30,7 +30,7 @@ OPTIMIZERS = {
 
 def problem(length, optimizer=SGD):
     loss = LOSSES["dln"](form="paper", squash="softmax")
-    inner, outer = inner_objective(toy.student, loss), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, loss), outer_objective(toy.student, toy.task)
     phi = toy.to_x64(loss.init(jax.random.key(1)))
     batches, validation = toy.batch(2, length, 6), toy.batch(3, 7)
     state = init_state(toy.student.init(jax.random.key(0), batches.inputs[0]), optimizer)
@@ -199,7 +199,7 @@ def test_a_custom_derivative_inside_the_loss(x64):
 
 
 def test_an_unknown_mode():
-    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     with pytest.raises(ValueError, match=r"'mixd' is unknown; choose one of save, remat, mixed"):
         hypergradient(inner, outer, SGD, memory="mixd")
 

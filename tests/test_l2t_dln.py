@@ -48,7 +48,7 @@ def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
 def reference(second_stage, tau, state, flow):
     """Two rounds as one function of tau; in the second, derivatives flow through Eq. 8's constants where flow is 1."""
     stages = STAGES[second_stage]
-    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     step, teacher = student_step(plain_gradient(inner), SGD), coordinate_lstm(GAMMA)
     differentiate = hypergradient(inner, outer, SGD, memory="save")
 
@@ -93,7 +93,7 @@ def test_teacher_gradient_is_gamma_times_the_vjp(second_stage, x64):
     method, state = build(second_stage)
     b = batches_of(0, STAGES[second_stage])
     after, _ = jax.jit(method.round)(state, b)
-    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     differentiate = hypergradient(inner, outer, SGD, memory="remat")
     data = [jax.tree.map(lambda x, s=s: x[s], (b.train, b.validation)) for s in (0, -1)]
     first = differentiate(state.loss, state.student, *data[0])
@@ -191,7 +191,7 @@ def test_optax_teacher_descends_the_hypergradient():
     """One round with plain SGD as the teacher: phi' = phi - gamma d, and nothing for Eq. 8 to learn."""
     method, state = build("restart", teacher=TEACHERS["sgd"](GAMMA))
     after, metrics = jax.jit(method.round)(state, batches_of(0, 1))
-    inner, outer = inner_objective(toy.student, toy.small_loss()), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     one = jax.tree.map(lambda x: x[0], batches_of(0, 1)[:2])
     d = hypergradient(inner, outer, SGD)(state.loss, state.student, *one).gradient
     chex.assert_trees_all_close(after.loss, jax.tree.map(lambda p, g: p - GAMMA * g, state.loss, d), rtol=1e-5)
@@ -208,7 +208,7 @@ def test_fixed_loss_takes_the_same_steps(stages):
     chex.assert_trees_all_equal(state.student, taught.student)
     b = batches_of(0, stages)
     after, metrics = jax.jit(method.round)(state, b)
-    step, student = student_step(plain_gradient(inner_objective(toy.student, loss)), SGD), state.student
+    step, student = student_step(plain_gradient(inner_objective(toy.student, toy.task, loss)), SGD), state.student
     for s in range(stages):
         for i in range(N):
             student, _ = step(student, {}, jax.tree.map(lambda x, s=s, i=i: x[s, i], b.train))
@@ -292,7 +292,7 @@ def test_an_update_that_hurts_is_not_taken(learn):
         chex.assert_trees_all_equal(after.loss, state.loss)
         assert metrics["validation_error"] == metrics["validation_error_stage_one"]
         assert metrics["dln_update_norm"] == 0
-        step = student_step(plain_gradient(inner_objective(toy.student, toy.small_loss())), SGD)
+        step = student_step(plain_gradient(inner_objective(toy.student, toy.task, toy.small_loss())), SGD)
         plain, _ = unroll(step, state.student, state.loss, jax.tree.map(lambda x: x[0], batches.train))
         chex.assert_trees_all_close(after.student, plain, rtol=1e-5, atol=1e-6)
         chex.assert_trees_all_close(after.optimizer_state, other.optimizer_state, rtol=1e-5)  # it learns from it all

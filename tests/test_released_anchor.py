@@ -158,7 +158,7 @@ def test_rounds_are_those_of_the_released_program(memory):
 
 def test_passes_are_those_of_the_released_program():
     """What a round does not show: the student that pass one throws away, and the training loss of every step."""
-    inner, outer = inner_objective(STUDENT, LOSS), outer_objective(STUDENT, toy.task)
+    inner, outer = inner_objective(STUDENT, toy.task, LOSS), outer_objective(STUDENT, toy.task)
     train, validation = jax.tree.map(lambda x: x[0], data(0)[:2])
     state = start(coordinate_lstm())
     first = jax.jit(hypergradient(inner, outer, SGD))(state.loss, state.student, train, validation)

@@ -93,7 +93,7 @@ def test_nothing_is_computed_twice(second_stage):
     execute = some_rounds(method, toy.task, augment=False)
     rounds = count(execute, state, toy.batch(0, EXAMPLES), training._dispatch(0, 0, 3, schedule))
 
-    inner, outer = inner_objective(toy.student, loss), outer_objective(toy.student, toy.task)
+    inner, outer = inner_objective(toy.student, toy.task, loss), outer_objective(toy.student, toy.task)
     one = count(
         hypergradient(inner, outer, SGD, memory="mixed"), phi, state.student, toy.batch(1, N, B), toy.batch(2, V)
     )

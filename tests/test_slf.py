@@ -165,7 +165,7 @@ def test_hypergradient_of_a_soft_relaxation_against_finite_differences(second_ro
     at, s = second_round, second_round.state
     loss, (noise, scale) = mixture([LOSSES[n]() for n in ("cross_entropy", "mae", "focal")]), toy.to_x64((NOISE, SCALE))
     outer = outer_objective(toy.student, toy.task)
-    compute = hypergradient(inner_objective(toy.student, loss), outer, SGD, memory="save")
+    compute = hypergradient(inner_objective(toy.student, toy.task, loss), outer, SGD, memory="save")
     soft = lambda v: mix(probability((v + noise) / 0.5), scale)  # noqa: E731
     weights, chain = jax.vjp(soft, toy.to_x64(V))
     phi = {"weights": weights, "params": ({}, {}, {})}
@@ -184,7 +184,7 @@ def test_scales_are_measured_once_on_the_first_batch(second_round, x64):
     at = second_round
     train = part(batches_of(0).train, (0, 0))
     for k, name in enumerate(("cross_entropy", "mae", "focal")):
-        inner = inner_objective(toy.student, LOSSES[name]())
+        inner = inner_objective(toy.student, toy.task, LOSSES[name]())
         slope = jax.jit(jax.grad(lambda p: inner(p, at.start.student.batch_stats, {}, train)[0]))  # noqa: B023
         gradient = slope(at.start.student.params)
         np.testing.assert_allclose(at.state.memory["scale"][k] * optax.tree.norm(gradient), 1, rtol=1e-9)

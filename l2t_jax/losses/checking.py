@@ -67,7 +67,7 @@ def check_loss(loss: Loss, num_classes: int, name: str = "the loss") -> None:
 
 def as_read(loss: Loss, outputs: Array) -> Array | Head:
     """Outputs [B, C] in the form a loss reads: themselves, or as the features of a last layer that is the identity."""
-    if loss.reads == "outputs":
+    if loss.reads != "head":
         return outputs
     classes = outputs.shape[-1]
     return Head(outputs, jnp.eye(classes, dtype=outputs.dtype), jnp.zeros(classes, outputs.dtype))

@@ -19,7 +19,7 @@ from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.methods.common import finite, pull_of
 from l2t_jax.teachers import pair_policy
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import init_state, inner_objective, mean_over, plain_gradient, student_step
+from l2t_jax.unroll import errors_of, init_state, inner_objective, mean_over, plain_gradient, student_step
 
 FORGET = 0.9  # of the running mean that is the baseline
 
@@ -173,7 +173,7 @@ def ala(
         return after, told | _metrics(state, after, report, gradient)
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        return pull_of(student, loss, state.student.variables, state.loss, batch)
+        return pull_of(student, task, loss, state.student.variables, state.loss, batch)
 
     return Method(init=init, round=round, stages=window, steps_per_round=window, pull=pull)
 
@@ -187,7 +187,7 @@ def _window(
     axis_name: str | None,
 ) -> Callable[[StudentState, PyTree, RoundBatches], tuple[StudentState, Array, Seen]]:
     """Build K student steps, each followed by a look at its own validation batch."""
-    inner = inner_objective(student, bilinear(num_classes=classes))
+    inner = inner_objective(student, task, bilinear(num_classes=classes), axis_name=axis_name)
     step = student_step(plain_gradient(inner), optimizer, axis_name=axis_name)
 
     def look(theta: StudentState, batch: Batch) -> tuple[PyTree, PyTree, Array]:
@@ -195,7 +195,7 @@ def _window(
         metrics = task.metrics(outputs, batch.targets)
         of_class = jax.nn.one_hot(batch.targets, classes)  # [V, C]
         costs = jnp.matmul(of_class.T, -jax.nn.log_softmax(outputs), precision=lax.Precision.HIGHEST)
-        means = jax.tree.map(jnp.mean, (task.error(outputs, batch.targets), metrics))
+        means = jax.tree.map(jnp.mean, (errors_of(task, outputs, batch).values, metrics))
         return (costs, jnp.sum(of_class, axis=0)), means, jnp.sum(metrics["accuracy"])
 
     def run(theta: StudentState, phi: PyTree, batches: RoundBatches) -> tuple[StudentState, Array, Seen]:

@@ -17,6 +17,7 @@ from l2t_jax.hypergradient import Hypergradient
 from l2t_jax.types import (
     Array,
     Batch,
+    Errors,
     Head,
     Key,
     Loss,
@@ -26,10 +27,15 @@ from l2t_jax.types import (
     RoundBatches,
     Student,
     StudentState,
+    Task,
 )
 from l2t_jax.unroll import (
     InnerLoss,
     OuterError,
+    each_example,
+    errors_of,
+    examples_of,
+    losses_for,
     mean_over,
     outputs_for,
     plain_gradient,
@@ -82,24 +88,47 @@ def finite(*stages: tuple[str, PyTree]) -> OrderedDict[str, PyTree]:
 
 
 def pull_of(
-    student: Student, loss: Loss, variables: dict[str, PyTree], params: PyTree, batch: Batch, **weights: Array
+    student: Student,
+    task: Task,
+    loss: Loss,
+    variables: dict[str, PyTree],
+    params: PyTree,
+    batch: Batch,
 ) -> Array:
     """How strongly each example moves the student: |d loss_b / d outputs_b|, or of the features of a `Head`; [B].
 
     Args:
-      student, loss: the records.
+      student, task, loss: the records.
       variables: of the student, with batch statistics in BatchNorm.
       params: of the loss, as `loss.at` gives them.
       batch: training examples.
-      **weights: `sample_weight` of the loss, if any.
     """
-    outputs, _ = outputs_for(student, loss)(variables, batch.inputs, True)
+    losses_of = losses_for(task, loss)
+    return _slopes(lambda outputs: losses_of(params, outputs, batch), outputs_for(student, loss), variables, batch)
 
-    def total(read: Array) -> Array:
-        given = outputs._replace(features=read) if isinstance(outputs, Head) else read
-        return jnp.sum(loss.apply(params, given, batch.targets, **weights))
 
-    return jnp.linalg.norm(jax.grad(total)(outputs.features if isinstance(outputs, Head) else outputs), axis=-1)
+def pull_of_errors(student: Student, task: Task, variables: dict[str, PyTree], batch: Batch, weights: Array) -> Array:
+    """As `pull_of`, where the loss is the task's error of each example times its weight [B]."""
+
+    def losses(outputs: PyTree) -> Errors:
+        return Errors(weights * each_example(errors_of(task, outputs, batch), examples_of(batch)))
+
+    return _slopes(losses, student.apply, variables, batch)
+
+
+def _slopes(
+    losses: Callable[[Any], Errors], apply: Callable[..., Any], variables: dict[str, PyTree], batch: Batch
+) -> Array:
+    """The norm of the derivative of losses with respect to each example's outputs [B]."""
+    outputs, _ = apply(variables, batch.inputs, True)
+
+    def total(moved: PyTree) -> Array:
+        values, weight = losses(outputs._replace(features=moved) if isinstance(outputs, Head) else moved)
+        return jnp.sum(values if isinstance(weight, tuple) else weight * values)
+
+    slope = jax.grad(total)(outputs.features if isinstance(outputs, Head) else outputs)
+    squares = [jnp.sum(x.reshape(x.shape[0], -1) ** 2, axis=-1) for x in jax.tree.leaves(slope)]
+    return jnp.sqrt(sum(squares[1:], squares[0]))
 
 
 def on_validation(method: Method) -> Method:
@@ -149,7 +178,7 @@ def reborn(method: Method, rounds: int) -> Method:
 
         def begin_anew() -> MethodState:
             key = jax.random.fold_in(jax.random.wrap_key_data(life.key), life.rounds)
-            fresh = method.init(key, batches.train.inputs[0, 0])
+            fresh = method.init(key, jax.tree.map(lambda x: x[0, 0], batches.train.inputs))
             return fresh._replace(teacher=state.teacher, optimizer_state=state.optimizer_state)
 
         over = (life.rounds > 0) & (life.rounds % rounds == 0)

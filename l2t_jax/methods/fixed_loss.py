@@ -54,7 +54,8 @@ def fixed_loss(
     """
     if loss.at is not unscheduled and steps is None:
         raise ValueError("this loss has a schedule: give steps, the student steps of the whole run.")
-    inner, outer = inner_objective(student, loss), outer_objective(student, task)
+    inner = inner_objective(student, task, loss, axis_name=axis_name)
+    outer = outer_objective(student, task, axis_name=axis_name)
     beside = loss.learned == "student"
 
     def at(phi: PyTree, count: Array) -> PyTree:
@@ -102,6 +103,6 @@ def fixed_loss(
         }
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        return pull_of(student, loss, state.student.variables, at(state.loss, state.memory["steps"]), batch)
+        return pull_of(student, task, loss, state.student.variables, at(state.loss, state.memory["steps"]), batch)
 
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)

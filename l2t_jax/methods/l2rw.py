@@ -11,11 +11,9 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
-from l2t_jax.losses.common import fixed
-from l2t_jax.losses.cross_entropy import cross_entropy
-from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import InnerLoss, init_state, outer_objective
+from l2t_jax.unroll import InnerLoss, each_example, errors_of, examples_of, init_state, outer_objective
 
 VIRTUAL = optax.sgd(1.0)  # its rate scales all weights alike, so it does not matter
 
@@ -53,9 +51,9 @@ def l2rw(
       ValueError: an unknown memory mode; a round is given more than one training batch.
     Source: Ren et al., ICML 2018, Algorithm 1, and the released code.
     """
-    outer = outer_objective(student, task)
+    outer = outer_objective(student, task, axis_name=axis_name)
     look_ahead = hypergradient(
-        weighted_sum(student, axis_name),
+        weighted_sum(student, task, axis_name),
         outer,
         VIRTUAL,
         memory=memory,
@@ -63,8 +61,8 @@ def l2rw(
         at_once=at_once,
         check_gradient=check_gradient,
     )
-    alone = hypergradient(weighted_sum(student), outer, VIRTUAL, memory=memory, at_once=at_once)
-    train = train_stage(weighted_sum(student, axis_name), outer, student_optimizer, axis_name=axis_name)
+    alone = hypergradient(weighted_sum(student, task), outer, VIRTUAL, memory=memory, at_once=at_once)
+    train = train_stage(weighted_sum(student, task, axis_name), outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:
         k_student, _, _ = jax.random.split(key, 3)  # as in l2t_dln: the same key gives the same student
@@ -73,25 +71,27 @@ def l2rw(
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
         batch, validation = stage(batches, 0)
-        if batch.targets.shape[0] != 1:
-            raise ValueError(f"L2RW takes one student step a round, not {batch.targets.shape[0]}: use several.")
-        examples = batch.targets.shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
+        if jax.tree.leaves(batch.inputs)[0].shape[0] != 1:
+            raise ValueError(
+                f"L2RW takes one student step a round, not {jax.tree.leaves(batch.inputs)[0].shape[0]}: use several."
+            )
+        examples = jax.tree.leaves(batch.inputs)[0].shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
         ahead = look_ahead(_no_weights(state.student, examples), _virtual(state.student), batch, validation)
         weights = weights_of(ahead.gradient)
         kept = train(weights, state.student, batch, validation)
         return state._replace(student=kept.state), _metrics(ahead, weights, kept)
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        theta, examples = state.student, batch.targets.shape[0]
+        theta, examples = state.student, examples_of(batch)
         one = jax.tree.map(lambda x: x[None], batch)
         weights = weights_of(alone(_no_weights(theta, examples), _virtual(theta), one, validation).gradient)
         # Times B: an example that weighs as in a mean pulls as in a mean.
-        return pull_of(student, fixed(cross_entropy)(), theta.variables, {}, batch, sample_weight=examples * weights)
+        return pull_of_errors(student, task, theta.variables, batch, examples * weights)
 
     return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
 
 
-def weighted_sum(student: Student, axis_name: str | None = None) -> InnerLoss:
+def weighted_sum(student: Student, task: Task, axis_name: str | None = None) -> InnerLoss:
     """The objective sum_i w_i l_i of the whole batch, its loss parameters being the weights w [D * B] of all devices.
 
     A device sees its own B examples. The mean over devices that follows is of D times their sums, so it is the sum.
@@ -99,7 +99,7 @@ def weighted_sum(student: Student, axis_name: str | None = None) -> InnerLoss:
 
     def inner(params: PyTree, batch_stats: PyTree, weights: Array, batch: Batch) -> tuple[Array, PyTree]:
         outputs, stats = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
-        losses = cross_entropy(outputs, batch.targets)
+        losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         if axis_name is None:
             return jnp.sum(weights * losses), stats
         own = lax.dynamic_slice_in_dim(weights, losses.size * lax.axis_index(axis_name), losses.size)

@@ -183,7 +183,7 @@ def l2t_dlf(
         outputs, _ = student.apply(state.student.variables, batch.inputs, True)
         running = observe(state.memory["running"], outputs, batch.targets, None)  # a record's batches are never split
         phi = coefficients_at(state.teacher, running)
-        return pull_of(student, loss, state.student.variables, phi, batch)
+        return pull_of(student, task, loss, state.student.variables, phi, batch)
 
     return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
 

@@ -95,7 +95,8 @@ def l2t_dln(
         raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
     _check_loss(loss)
     stages = STAGES[second_stage]
-    inner, outer = inner_objective(student, loss), outer_objective(student, task)
+    inner = inner_objective(student, task, loss, axis_name=axis_name)
+    outer = outer_objective(student, task, axis_name=axis_name)
     differentiate = hypergradient(
         inner,
         outer,
@@ -144,7 +145,7 @@ def l2t_dln(
         return MethodState(second.state, phi, tau, h, adam), metrics
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        return pull_of(student, loss, state.student.variables, state.loss, batch)
+        return pull_of(student, task, loss, state.student.variables, state.loss, batch)
 
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
 

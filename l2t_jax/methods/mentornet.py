@@ -16,11 +16,19 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses.common import fixed
-from l2t_jax.losses.cross_entropy import cross_entropy
-from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.inputs import length_of
+from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, Task
-from l2t_jax.unroll import InnerLoss, OuterError, init_state, mean_over, outer_objective
+from l2t_jax.unroll import (
+    InnerLoss,
+    OuterError,
+    each_example,
+    errors_of,
+    examples_of,
+    init_state,
+    mean_over,
+    outer_objective,
+)
 
 CURRICULA = ("predefined", "data_driven")
 EPOCHS = 100
@@ -116,7 +124,7 @@ def mentornet(
         d = losses - moving
         return network_weight(phi, losses, d, epoch) if learned else predefined_weight(d, epoch, gamma), moving
 
-    inner, outer = _objectives(student, task, partial(weigh, axis=axis_name))
+    inner, outer = _objectives(student, task, partial(weigh, axis=axis_name), axis_name)
     optimizer = optax.adam(lr)
     look_ahead = hypergradient(
         inner,
@@ -139,11 +147,11 @@ def mentornet(
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
         batch, validation = stage(batches, 0)
-        if batch.targets.shape[0] != 1:
-            raise ValueError(f"MentorNet takes one student step a round, not {batch.targets.shape[0]}: use several.")
+        if (length := length_of(batch)) != 1:
+            raise ValueError(f"MentorNet takes one student step a round, not {length}: use several.")
         count, moving, epoch = state.memory["steps"], state.memory["percentile"], epoch_at(state.memory["steps"])
         key = jax.random.fold_in(jax.random.wrap_key_data(state.memory["key"]), count)
-        keep = kept_examples(key, epoch, batch.targets.shape[1], dropout, axis_name)
+        keep = kept_examples(key, epoch, examples_of(jax.tree.map(lambda x: x[0], batch)), dropout, axis_name)
         given = Given(batch, keep[None], epoch[None], epoch[None] < burning)
         start = state.student._replace(batch_stats=Carried(state.student.batch_stats, moving, jnp.zeros_like(moving)))
         phi, adam, d_phi = state.loss, state.optimizer_state, {}
@@ -167,9 +175,10 @@ def mentornet(
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         """Before dropout: which examples it would take is not known."""
         variables, epoch, moving = state.student.variables, epoch_at(state.memory["steps"]), state.memory["percentile"]
-        losses = cross_entropy(student.apply(variables, batch.inputs, True)[0], batch.targets)
+        outputs, _ = student.apply(variables, batch.inputs, True)
+        losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         weights = jnp.where(epoch < burning, 1, weigh(state.loss, losses, moving, epoch, None)[0])
-        return pull_of(student, fixed(cross_entropy)(), variables, {}, batch, sample_weight=weights)
+        return pull_of_errors(student, task, variables, batch, weights)
 
     return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
 
@@ -231,13 +240,15 @@ def init_network(key: Key) -> Network:
     )
 
 
-def _objectives(student: Student, task: Task, weigh: Callable[..., Any]) -> tuple[InnerLoss, OuterError]:
-    validate = outer_objective(student, task)
+def _objectives(
+    student: Student, task: Task, weigh: Callable[..., Any], axis_name: str | None
+) -> tuple[InnerLoss, OuterError]:
+    validate = outer_objective(student, task, axis_name=axis_name)
 
     def inner(params: PyTree, carried: Carried, phi: PyTree, given: Given) -> tuple[Array, Carried]:
         batch, variables = given.batch, {"params": params, "batch_stats": carried.batch_stats}
         outputs, stats = student.apply(variables, batch.inputs, True)
-        losses = cross_entropy(outputs, batch.targets)
+        losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         weights, moving = weigh(phi, losses, carried.percentile, given.epoch)
         weights = jnp.where(given.everyone, 1, weights) * given.keep
         return jnp.mean(weights * losses), Carried(stats, moving, jnp.mean(weights).astype(moving.dtype))

@@ -16,7 +16,7 @@ from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.losses import build_loss, make_loss
 from l2t_jax.methods.common import finite, pull_of, stage, train_stage
 from l2t_jax.types import Array, Batch, Head, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task
-from l2t_jax.unroll import init_state, inner_objective, mean_over, outer_objective
+from l2t_jax.unroll import examples_of, init_state, inner_objective, mean_over, outer_objective
 
 POOL = ("cross_entropy", "smooth_zero_one", "mae", "generalized_cross_entropy", "focal")
 KNOBS = {"smooth_zero_one": {"k": 20.0}}  # K fixed: its slope grows with K, and s_k is measured but once
@@ -71,7 +71,8 @@ def slf(
     if steps < 1 or min(temperature) <= 0:
         raise ValueError(f"steps is {steps} and temperature {temperature}: expected at least 1, and two above 0.")
     loss, optimizer = mixture(losses), optax.adam(lr)
-    inner, outer = inner_objective(student, loss), outer_objective(student, task)
+    inner = inner_objective(student, task, loss, axis_name=axis_name)
+    outer = outer_objective(student, task, axis_name=axis_name)
     differentiate = hypergradient(
         inner,
         outer,
@@ -122,14 +123,14 @@ def slf(
         z = select(v, noise, now)
         kept = only_train({"weights": mix(z, scale), "params": params}, state.student, train, validation)
 
-        after = {**state.memory, "scale": scale, "steps": count + train.targets.shape[0]}
+        after = {**state.memory, "scale": scale, "steps": count + examples_of(train)}
         state = MethodState(kept.state, {**state.loss, "logits": v}, {}, after, adam)
         return state, _metrics(kept, ahead.error, v, z, gradient, names)
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         weights = mix(probability(state.loss["logits"]), state.memory["scale"])  # nothing is drawn for a record
         phi = {"weights": weights, "params": pool_at(state)}
-        return pull_of(student, loss, state.student.variables, phi, batch)
+        return pull_of(student, task, loss, state.student.variables, phi, batch)
 
     return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
 
@@ -149,7 +150,7 @@ def mixture(losses: Sequence[Loss]) -> Loss:
         params = tuple(one.init(k) for one, k in zip(losses, keys, strict=True))
         return {"weights": jnp.full(len(losses), 1 / len(losses)), "params": params}
 
-    return make_loss(losses_of, init=init, reads="head" if head else "outputs")
+    return make_loss(losses_of, init=init, reads="head" if head else "rows")
 
 
 def temperature_at(progress: Array, ends: tuple[float, float]) -> Array:

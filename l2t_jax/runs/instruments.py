@@ -20,7 +20,15 @@ from l2t_jax.methods.parts import build_dln, teacher_arguments
 from l2t_jax.runs.setting import Setting
 from l2t_jax.teachers import build_teacher
 from l2t_jax.types import Array, Batch, Loss, Method, MethodState, PyTree, StudentState
-from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, student_step, unroll
+from l2t_jax.unroll import (
+    errors_of,
+    inner_objective,
+    outer_objective,
+    plain_gradient,
+    student_step,
+    unroll,
+    weighted_mean,
+)
 
 HORIZONS = (1, 4, 16)  # in units of N
 HELD_OUT = 1000  # held-out examples that judge, and examples of the validation part beside them
@@ -64,7 +72,7 @@ class Instruments:
         length = self._schedule.unroll_length
 
         def steps(loss: Loss) -> Any:
-            step = student_step(plain_gradient(inner_objective(student, loss)), setting.optimizer)
+            step = student_step(plain_gradient(inner_objective(student, task, loss)), setting.optimizer)
             return lambda params, state, batches: unroll(step, state, params, batches)[0]
 
         taught, untaught = steps(dln), steps(fixed)
@@ -80,7 +88,7 @@ class Instruments:
 
         def by_position(phi: PyTree, state: StudentState, batches: Batch, validation: Batch) -> PyTree:
             """The hypergradient with a DLN of its own for every step, leaves [N, ...]: the parts sum to the whole."""
-            step = student_step(plain_gradient(inner_objective(student, dln)), setting.optimizer)
+            step = student_step(plain_gradient(inner_objective(student, task, dln)), setting.optimizer)
 
             def error(phis: PyTree) -> Array:
                 end, _ = jax.lax.scan(lambda carry, x: step(carry, *x), state, (phis, batches))
@@ -95,7 +103,7 @@ class Instruments:
             return right.mean(), (slope.sum(-1) - right).mean()
 
         def gradient(loss: Loss, params: PyTree, state: StudentState, batch: Batch) -> Array:
-            inner = inner_objective(student, loss)
+            inner = inner_objective(student, task, loss)
             grads = jax.grad(lambda p: inner(p, state.batch_stats, params, batch)[0])(state.params)
             return ravel_pytree(grads)[0]
 
@@ -118,8 +126,8 @@ class Instruments:
             errors = [judged(taught, p, theta, batches, judge) for p in (phi, after)]
             plain = judged(untaught, {}, theta, batches, judge)
             right, wrong = pushes(phi, theta, whole)
-            error = lambda batch: jnp.mean(  # noqa: E731
-                task.error(student.apply(theta.variables, batch.inputs, False)[0], batch.targets)
+            error = lambda batch: weighted_mean(  # noqa: E731
+                errors_of(task, student.apply(theta.variables, batch.inputs, False)[0], batch)
             )
             return {
                 "dln_low": jnp.nanmin(values),

@@ -2,10 +2,10 @@
 
 from collections.abc import Callable
 
-from l2t_jax.tasks.evaluation import evaluate
+from l2t_jax.tasks.evaluation import evaluate, measure_all
 from l2t_jax.tasks.image_classification import image_classification
 from l2t_jax.types import Task
 
 TASKS: dict[str, Callable[..., Task]] = {"image_classification": image_classification}
 
-__all__ = ["TASKS", "evaluate", "image_classification"]
+__all__ = ["TASKS", "evaluate", "image_classification", "measure_all"]

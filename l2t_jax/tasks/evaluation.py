@@ -5,38 +5,54 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.types import Array, PyTree, Student, Task
+from l2t_jax.types import Array, Batch, PyTree, Student, Task
+from l2t_jax.unroll import each_example, errors_of, examples_of
 
 
-@partial(jax.jit, static_argnames=("student", "task", "batch_size"))
 def evaluate(
     student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int = 1000
-) -> dict[str, Array]:
-    """Take the mean error and metrics of a student over all of `data`, with running statistics.
+) -> dict[str, float]:
+    """Score a student on all of `data`, with running statistics.
 
-    The set is read in equal batches, the last filled up with examples of weight zero, so the means are over
-    exactly the n examples whatever the batch size. Compiled once for each student and task: keep these two,
-    and keep `data` on the device.
+    What the task measures of each example is stacked over the whole set, and then scored: an accuracy is a mean of
+    examples, a precision, an intersection over union or a recall is not.
 
     Args:
       student: the network.
       variables: {"params", "batch_stats"}.
-      data: what `task.gather` reads, with n examples in each leaf.
-      task: gives error and metrics; its augmentation is off.
+      data: what `task.gather` reads, with n examples in each leaf; keep it on the device.
+      task: gives measure and score; its augmentation is off.
       batch_size: examples at a time, which changes memory and no result.
 
     Returns:
-      {"error": [], and each of the task's metrics: []}, means over the examples.
+      {name: value} of `task.score`.
+    """
+    return task.score(jax.device_get(measure_all(student, variables, data, task, batch_size)))
+
+
+@partial(jax.jit, static_argnames=("student", "task", "batch_size"))
+def measure_all(
+    student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int = 1000
+) -> PyTree:
+    """What the task measures of all examples, leaves [n, ...]; it may be mapped over students.
+
+    Compiled once for each student and task: keep these two. Arguments as of `evaluate`.
     """
     n = jax.tree.leaves(data)[0].shape[0]
     batch_size = min(batch_size, n)
     steps = -(-n // batch_size)
-    positions = jnp.arange(steps * batch_size).reshape(steps, batch_size)
+    positions = jnp.minimum(jnp.arange(steps * batch_size).reshape(steps, batch_size), n - 1)
+    measure = task.measure or partial(measure_errors, task)
 
-    def sums(position: Array) -> dict[str, Array]:
-        batch = task.gather(data, jnp.minimum(position, n - 1), None)
-        outputs, _ = student.apply(variables, batch.inputs, False)
-        values = task.metrics(outputs, batch.targets) | {"error": task.error(outputs, batch.targets)}
-        return jax.tree.map(lambda v: jnp.where(position < n, v, 0).sum(), values)
+    def measured(position: Array) -> PyTree:
+        return measure(student, variables, task.gather(data, position, None))
 
-    return jax.tree.map(lambda s: s.sum() / n, jax.lax.map(sums, positions))
+    # The last batch is filled up with the last example.
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], jax.lax.map(measured, positions))
+
+
+def measure_errors(task: Task, student: Student, variables: dict[str, PyTree], batch: Batch) -> dict[str, Array]:
+    """The error of each example, and its metrics [B]: what is measured where a task says nothing else."""
+    outputs, _ = student.apply(variables, batch.inputs, False)
+    errors = each_example(errors_of(task, outputs, batch), examples_of(batch))
+    return {**task.metrics(outputs, batch.targets), "error": errors}

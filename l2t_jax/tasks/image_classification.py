@@ -37,7 +37,7 @@ def image_classification(dataset: Dataset) -> Task:
         if keys is not None and dataset.augment:
             images = crop_and_flip(images, keys)
         true = data["true"][indices] if "true" in data else ()
-        return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true)
+        return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
 
     return Task(optax.softmax_cross_entropy_with_integer_labels, _metrics, gather)
 
