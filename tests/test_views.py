@@ -1,0 +1,302 @@
+"""Tasks that are not the classification of images: rows of an example, weights, whatever a loss may read.
+
+Images of pixels (B examples, 12 pixels, 3 classes) with ignored ones and an auxiliary head, and a regression.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import toy
+
+from l2t_jax.hypergradient import hypergradient
+from l2t_jax.losses import LOSSES, make_loss
+from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods.common import pull_of
+from l2t_jax.methods.l2rw import l2rw
+from l2t_jax.methods.l2t_dln import l2t_dln
+from l2t_jax.methods.meta_weight_net import meta_weight_net
+from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.parallel import ONE
+from l2t_jax.runs.training import Run, Schedule, compile_rounds, train
+from l2t_jax.students import mlp
+from l2t_jax.tasks import evaluate
+from l2t_jax.teachers import TEACHERS
+from l2t_jax.types import Batch, Errors, Metric, Read, RoundBatches, Student, Task
+from l2t_jax.unroll import init_state, inner_objective, outer_objective
+
+PIXELS, CLASSES, IGNORED, AUXILIARY = 12, 3, 255, 0.4
+SGD = optax.sgd(0.1)
+
+
+def two_heads(variables, inputs, train):
+    """Pixels [B, 12, 4] to the logits of both heads, [B, 12, 3] each."""
+    params = variables["params"]
+    hidden = jnp.tanh(inputs @ params["a"])
+    return (hidden @ params["b"], hidden @ params["c"]), variables["batch_stats"]
+
+
+def init(key, inputs):
+    a, b, c = jax.random.split(key, 3)
+    shapes = {"a": (a, (4, 5)), "b": (b, (5, CLASSES)), "c": (c, (5, CLASSES))}
+    return {"params": {n: jax.random.normal(k, s, inputs.dtype) for n, (k, s) in shapes.items()}, "batch_stats": {}}
+
+
+def pixels(outputs, targets):
+    """Rows of an example one after the other: its pixels under the head, then under the auxiliary head."""
+    logits = jnp.concatenate(outputs, axis=1)
+    labels = jnp.concatenate([targets, targets], axis=1)
+    counts = labels != IGNORED
+    heads = jnp.repeat(jnp.array([1.0, AUXILIARY], logits.dtype), PIXELS)
+    return Read(logits.reshape(-1, CLASSES), jnp.where(counts, labels, 0).ravel(), (counts * heads).ravel())
+
+
+def pixel_errors(outputs, targets):
+    read = pixels(outputs, targets)
+    return Errors(optax.softmax_cross_entropy_with_integer_labels(read.outputs, read.targets), read.weight)
+
+
+STUDENT = Student(init, two_heads)
+SEGMENTATION = Task(
+    error=pixel_errors,
+    metrics=lambda outputs, targets: {},
+    gather=lambda data, indices, keys: Batch(data[0][indices], data[1][indices]),
+    views=(("rows", pixels),),
+    measure=lambda student, variables, batch: {
+        "hits": (student.apply(variables, batch.inputs, False)[0][0].argmax(-1) == batch.targets)
+        & (batch.targets != IGNORED),
+        "pixels": batch.targets != IGNORED,
+    },
+    score=lambda measured: {"pixel accuracy": float(measured["hits"].sum() / measured["pixels"].sum())},
+    metric=Metric("pixel accuracy", "%"),
+)
+
+
+def images(seed, *shape):
+    """With a quarter of the pixels ignored, in one example nearly all, and NaN in the inputs of none."""
+    draws = np.random.default_rng(seed)
+    labels = draws.integers(0, CLASSES, (*shape, PIXELS))
+    labels = np.where(draws.random(labels.shape) < 0.25, IGNORED, labels)
+    labels[..., 0, :] = IGNORED
+    labels[..., 0, 0] = 1
+    return Batch(jnp.asarray(draws.normal(size=(*shape, PIXELS, 4))), jnp.asarray(labels))
+
+
+def problem():
+    loss = LOSSES["dln"](form="paper", squash="softmax")
+    train, validation = images(1, 3, 4), images(2, 6)
+    state = init_state(STUDENT.init(jax.random.key(0), train.inputs[0]), SGD)
+    return loss, toy.to_x64(loss.init(jax.random.key(1))), state, train, validation
+
+
+@pytest.mark.parametrize("name", [name for name in LOSSES if name != "large_margin_softmax"])
+def test_every_loss_of_classes_runs_on_pixels(name, x64):
+    """The mean of the losses of labelled pixels, 0.4 of the auxiliary head's; what is ignored has no derivative."""
+    loss = LOSSES[name](**({"num_classes": CLASSES} if name in ("adaptive_robust", "bilinear") else {}))
+    params = toy.to_x64(loss.init(jax.random.key(1)))
+    batch = images(1, 4)
+    variables = STUDENT.init(jax.random.key(0), batch.inputs)
+    inner = inner_objective(STUDENT, SEGMENTATION, loss)
+    value, _ = inner(variables["params"], {}, params, batch)
+    total, weights = 0.0, 0.0
+    for head, weight in zip(two_heads(variables, batch.inputs, True)[0], (1, AUXILIARY), strict=True):
+        counts = np.asarray(batch.targets != IGNORED)
+        each = loss.apply(params, head[counts], batch.targets[counts])
+        total, weights = total + weight * each.sum(), weights + weight * counts.sum()
+    np.testing.assert_allclose(value, total / weights, rtol=1e-10)
+    slope = jax.grad(lambda x: inner(variables["params"], {}, params, batch._replace(inputs=x))[0])(batch.inputs)
+    ignored = np.asarray(batch.targets == IGNORED)
+    assert not np.any(slope[ignored]) and np.any(slope[~ignored])
+
+
+@pytest.mark.parametrize("mode", MEMORY_MODES)
+def test_weights_are_normalised_over_all_devices(mode, x64):
+    """Halves with unequal numbers of labelled pixels give the numbers of the whole; a mean of means does not."""
+    loss, phi, state, train, validation = problem()
+
+    def compute(axis_name, inside):
+        inner = inner_objective(STUDENT, SEGMENTATION, loss, axis_name=inside)
+        outer = outer_objective(STUDENT, SEGMENTATION, axis_name=inside)
+        return hypergradient(inner, outer, SGD, memory=mode, axis_name=axis_name)
+
+    whole = jax.jit(compute(None, None))(phi, state, train, validation)
+    halves = jax.tree.map(lambda x: jnp.moveaxis(x.reshape(3, 2, 2, *x.shape[2:]), 1, 0), train)
+    parts = jax.tree.map(lambda x: x.reshape(2, 3, *x.shape[1:]), validation)
+
+    def split(inside):
+        mapped = jax.vmap(compute("d", inside), (None, None, 0, 0), axis_name="d")
+        return jax.jit(mapped)(phi, state, halves, parts)
+
+    ours, canary = split("d"), split(None)
+    for d in range(2):
+        for a, b in zip(jax.tree.leaves(ours.gradient), jax.tree.leaves(whole.gradient), strict=True):
+            np.testing.assert_allclose(a[d], b, rtol=1e-10, atol=1e-14)
+    np.testing.assert_allclose(ours.error, [whole.error] * 2, rtol=1e-12)
+    assert abs(canary.error[0] - whole.error) > 1e-3
+
+
+def test_an_example_of_weight_zero_is_not_there(x64):
+    """Padding: whatever it holds, the loss, the error and their derivatives are those of the others."""
+    loss, phi, state, train, validation = problem()
+    filled = jax.tree.map(lambda x: jnp.concatenate([x, x[:, :1]], 1), train)
+    padded = filled._replace(weight=jnp.ones((3, 5)).at[:, -1].set(0))
+    weighted = validation._replace(weight=jnp.ones(6))
+    inner, outer = inner_objective(STUDENT, SEGMENTATION, loss), outer_objective(STUDENT, SEGMENTATION)
+    for mode in ("save", "mixed"):
+        compute = jax.jit(hypergradient(inner, outer, SGD, memory=mode))
+        expected = compute(phi, state, train, weighted)
+        found = compute(phi, state, padded, weighted)
+        for a, b in zip(jax.tree.leaves(found.gradient), jax.tree.leaves(expected.gradient), strict=True):
+            np.testing.assert_allclose(a, b, rtol=1e-10, atol=1e-15)
+    broken = padded._replace(inputs=padded.inputs.at[:, -1].set(jnp.nan))  # its loss is NaN, and does not count
+    value, _ = inner(state.params, {}, phi, jax.tree.map(lambda x: x[0], broken))
+    np.testing.assert_allclose(value, inner(state.params, {}, phi, jax.tree.map(lambda x: x[0], train))[0], rtol=1e-10)
+
+
+def test_a_whole_set_is_measured_and_then_scored(x64):
+    """Hits and pixels of all images are added up: the mean of each image's share would be another number."""
+    data = images(3, 10)
+    variables = STUDENT.init(jax.random.key(0), data.inputs)
+    outputs = np.asarray(two_heads(variables, data.inputs, False)[0][0])
+    counts = np.asarray(data.targets != IGNORED)
+    hits = (outputs.argmax(-1) == np.asarray(data.targets)) & counts
+    for batch_size in (3, 10):
+        found = evaluate(STUDENT, variables, (data.inputs, data.targets), SEGMENTATION, batch_size)
+        np.testing.assert_allclose(found["pixel accuracy"], hits.sum() / counts.sum(), rtol=1e-12)
+    assert abs((hits.sum(1) / counts.sum(1)).mean() - hits.sum() / counts.sum()) > 1e-3
+
+
+def test_a_round_and_the_pull_of_its_examples(x64):
+    """L2T-DLN teaches pixels as it teaches images; an image of one labelled pixel pulls less than the others."""
+    loss, _, _, train, validation = problem()
+    method = l2t_dln(STUDENT, SEGMENTATION, loss, toy.teacher, SGD, SGD, second_stage="restart")
+    state = toy.to_x64(method.init(jax.random.key(0), train.inputs[0]))
+    round_data = jax.tree.map(lambda x: x[None], (train, validation))
+    after, metrics = jax.jit(method.round)(state, RoundBatches(*round_data, jnp.array(True)))
+    assert jnp.isfinite(metrics["validation_error"]) and metrics["dln_update_norm"] > 0
+    pull = pull_of(STUDENT, SEGMENTATION, loss, after.student.variables, after.loss, images(1, 4))
+    assert pull.shape == (4,) and pull[0] == min(pull)
+
+
+def test_a_view_that_a_task_does_not_offer():
+    loss = LOSSES["large_margin_softmax"]()
+    with pytest.raises(ValueError, match="this loss reads 'head', and the task offers rows: take another"):
+        inner_objective(STUDENT._replace(head=two_heads), SEGMENTATION, loss)
+
+
+# Regression: squared error outside, a learned loss of the residual inside
+
+
+def learned_residual_loss():
+    """scale |r|^power, smoothed at 0: how much outliers count is taught."""
+
+    def losses_of(params, residual, targets):
+        return jnp.exp(params["scale"]) * (residual**2 + 1e-3) ** (jax.nn.sigmoid(params["power"]) + 0.25)
+
+    return make_loss(losses_of, lambda key: {"scale": jnp.array(0.0), "power": jnp.array(0.5)}, reads="residual")
+
+
+REGRESSION = Task(
+    error=lambda outputs, targets: (outputs[:, 0] - targets) ** 2,
+    metrics=lambda outputs, targets: {"absolute": jnp.abs(outputs[:, 0] - targets)},
+    gather=lambda data, indices, keys: Batch(data["x"][indices], data["y"][indices]),
+    views=(("residual", lambda outputs, targets: Read(outputs[:, 0] - targets, targets)),),
+    metric=Metric("error", "", "lower"),
+)
+
+
+def diabetes():
+    """Scikit-learn's table, standardised: 342 examples to train, 100 to test."""
+    from sklearn.datasets import load_diabetes
+
+    x, y = load_diabetes(return_X_y=True, scaled=False)
+    x, y = ((a - a.mean(0)) / a.std(0) for a in (x, y))
+    order = np.random.default_rng(0).permutation(len(y))
+    parts = [{"x": np.float32(x[i]), "y": np.float32(y[i])} for i in (order[100:], order[:100])]
+    return parts[0], parts[1]
+
+
+class Regression:
+    """Training on the table with its checkpoints on disk; stopped once, where that is asked."""
+
+    def __init__(self, path, layout=ONE, stop_after=None):
+        self.data, self.held_out = diabetes()
+        self.student = mlp(num_classes=1, width=8)
+        self.path, self.layout, self.stop_after, self.rows = path, layout, stop_after, []
+        self.method = l2t_dln(
+            self.student,
+            REGRESSION,
+            learned_residual_loss(),
+            TEACHERS["adam"](0.03),
+            optax.sgd(0.05),
+            optax.identity(),
+            second_stage="restart",
+            axis_name=layout.axis_name,
+        )
+
+    def write(self, rows):
+        self.rows += rows
+        if self.stop_after is not None and len(self.rows) >= self.stop_after:
+            raise KeyboardInterrupt
+
+    def train(self):
+        schedule = Schedule(12, 3, 16, 32, 0.5, len(self.data["y"]), self.method.stages)
+        state = self.method.init(jax.random.key(0), jnp.zeros((2, 10)))
+        run = Run(
+            name="l2t_dln",
+            seed=0,
+            state=state,
+            checkpoints=Checkpoints(self.path),
+            write=self.write,
+            forget=lambda done: setattr(self, "rows", [row for row in self.rows if row["round"] < done]),
+            snapshot=lambda done, state: None,
+            snapshot_rounds=(),
+            progress=lambda done, row: None,
+            report=print,
+            checkpoint_seconds=0.0,
+        )
+        program = compile_rounds(self.method, REGRESSION, augment=False, layout=self.layout)
+        return train([run], schedule, program, program.data(self.data))[0].state
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    regression = Regression(tmp_path_factory.mktemp("whole"))
+    return regression, regression.train()
+
+
+def test_a_regression_is_learned_and_evaluated(trained):
+    """The error on what was held out is that of a student that knows something; the loss was taught."""
+    regression, state = trained
+    before = regression.student.init(jax.random.key(5), jnp.zeros((2, 10)))
+    errors = [
+        evaluate(regression.student, variables, regression.held_out, REGRESSION, 32)
+        for variables in (before, state.student.variables)
+    ]
+    assert set(errors[1]) == {"error", "absolute"} and errors[1]["error"] < 0.75 < errors[0]["error"]
+    assert abs(state.loss["power"] - 0.5) > 0.01
+    assert regression.rows[-1]["validation_absolute"] > 0
+
+
+def test_a_regression_resumes_bit_for_bit(trained, tmp_path):
+    regression, whole = trained
+    again = Regression(tmp_path, stop_after=5)
+    with pytest.raises(KeyboardInterrupt):
+        again.train()
+    again.stop_after = None
+    for a, b in zip(jax.tree.leaves(again.train()), jax.tree.leaves(whole), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert again.rows == regression.rows
+
+
+def test_a_method_of_classes_says_so_on_a_regression():
+    """L2RW and Meta-Weight-Net weigh examples by the task's own error; what needs classes is refused in one line."""
+    batch = Batch(*(x[:6] for x in diabetes()[0].values()))
+    student = mlp(num_classes=1, width=8)
+    data = RoundBatches(*(jax.tree.map(lambda x: x[None, None], batch), jax.tree.map(lambda x: x[None], batch)), True)
+    method = l2rw(student, REGRESSION, SGD)
+    state, metrics = jax.jit(method.round)(method.init(jax.random.key(0), batch.inputs), data)
+    assert jnp.isfinite(metrics["validation_error"]) and method.pull(state, batch, batch).shape == (6,)
+    with pytest.raises(ValueError, match="this loss reads 'rows', and the task offers residual"):
+        meta_weight_net(student, REGRESSION, SGD)
