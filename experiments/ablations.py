@@ -13,7 +13,6 @@ table.md and pictures to --workdir (default runs/ablation_TABLE). The test set i
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -25,6 +24,7 @@ from experiments._table_flag import table
 from l2t_jax.runs import cells, plots
 from l2t_jax.runs.cells import group_of, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
 from l2t_jax.runs.setting import build_schedule
 from l2t_jax.runs.tables import name_of, paired, probability, setup_of
@@ -112,7 +112,7 @@ def run_ablation(config: Config, options: Options) -> int:
             cell = varied(config, ablation, equal, value)
             name = f"{group_of(cell)}_{ablation.setting}_{value}_equal_{equal}"
             code |= run_cell(name, f"{group_of(cell)}, {ablation.setting} {value}, equal {equal}", cell, options, load)
-            found[equal, value] = json.loads((root / "records" / f"{name}.json").read_text())
+            found[equal, value] = read_record(root / "records" / f"{name}.json")
     (root / "table.md").write_text(markdown(FLAGS.table, found))
     for equal in ablation.equal:
         draw(root / f"equal_{equal}.png", ablation, equal, found)
@@ -164,14 +164,14 @@ def _what(ablation: Ablation, record: dict[str, Any]) -> str:
 
 def _cells_of(ablation: Ablation, value: Any, record: dict[str, Any]) -> list[str]:
     methods = record["methods"]
-    accuracies = {name: methods[name]["test_accuracy"] for name in ROWS}
+    accuracies = {name: methods[name]["score"] for name in ROWS}
     ours, base = accuracies["l2t_dln"], accuracies["cross_entropy"]
     p = paired(ours["per_seed"], base["per_seed"])
     apart = None if None in (ours["mean"], base["mean"]) else 100 * (ours["mean"] - base["mean"])
     online = methods["l2t_dln"]
     return [
         f"{value:g}" if isinstance(value, float) else str(value),
-        *(result(accuracies[name], len(methods[name]["failed"])) for name in ROWS),
+        *(result(accuracies[name], len(methods[name]["failed"]), record["metric"]) for name in ROWS),
         "" if apart is None else f"{apart:+.2f}",
         probability(p),
         str(online["student_steps"]),
@@ -185,7 +185,7 @@ def draw(path: Path, ablation: Ablation, equal: str, found: Records) -> None:
     points: dict[str, list[tuple[Any, float, float]]] = {}
     for value in ablation.values:
         for name in ROWS:
-            accuracy = found[equal, value]["methods"][name]["test_accuracy"]
+            accuracy = found[equal, value]["methods"][name]["score"]
             if accuracy["mean"] is not None:
                 points.setdefault(name, []).append((value, 100 * accuracy["mean"], 100 * (accuracy["std"] or 0)))
     if ablation.published:

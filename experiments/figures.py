@@ -11,7 +11,6 @@ drawn together, a curve for each run and method. --studies draws runs of experim
 benchmarks.hypergradient_cost. Pictures go to --workdir (default figures), in a folder for each run.
 """
 
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from benchmarks.cost_report import plot
 from experiments import _flags
 from experiments._command import start
 from l2t_jax.runs.config import UsageError
-from l2t_jax.runs.records import Metrics
+from l2t_jax.runs.records import Metrics, read_record
 from l2t_jax.runs.reporting import draw, plot_curves
 from l2t_jax.runs.study_pictures import draw as draw_study
 
@@ -92,7 +91,7 @@ def figures(runs: list[str], studies: list[str], costs: list[str], folder: Path)
 
 def _read(path: Path, field: str, what: str) -> dict[str, Any]:
     try:
-        record = json.loads(path.read_text())
+        record = read_record(path)
     except (OSError, ValueError) as error:
         raise UsageError(f"{path} is not there or not readable ({type(error).__name__}): name {what}.") from None
     if not isinstance(record, dict) or field not in record:

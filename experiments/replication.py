@@ -13,7 +13,6 @@ is kept. Writes records/ (a JSON file a cell) and table.md, with what was promis
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +22,7 @@ from experiments import _flags
 from experiments._command import command, start
 from l2t_jax.runs.cells import group_of, loader, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
 from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
@@ -101,7 +101,7 @@ def recorded(root: Path, config: Config) -> Found:
     for group, labels in groups(config):
         rows: Rows = {}
         for method, cell in cells(group, labels):
-            record: dict[str, Any] = json.loads((root / "records" / f"{_name(method, cell)}.json").read_text())
+            record: dict[str, Any] = read_record(root / "records" / f"{_name(method, cell)}.json")
             teacher = {"lstm": "LSTM", "adam": "Adam"}[cell.teacher]
             taught = [f"L2T-DLN, {teacher}, {protocol}" for protocol in ("online", "frozen")]
             rows |= dict(zip(taught if method == DLN else [method], record["methods"].values(), strict=True))
@@ -143,14 +143,15 @@ def markdown(found: Found) -> str:
         "",
     ]
     for title, (labels, rows, _) in found.items():
-        ours = rows[LSTM]["test_accuracy"]
+        ours = rows[LSTM]["score"]
         lines += [f"## {title}", "", "| method | accuracy | p | student steps | s a seed |", "|---|---|---|---|---|"]
         for name, row in rows.items():
-            accuracy = row["test_accuracy"]
+            accuracy = row["score"]
             p = probability(paired(ours["per_seed"], accuracy["per_seed"]))
             seconds = f"{row['wall_time_s'] / len(accuracy['per_seed']):.0f}"
             lines.append(
-                f"| {name} | {result(accuracy, len(row['failed']))} | {p} | {row['student_steps']} | {seconds} |"
+                f"| {name} | {result(accuracy, len(row['failed']), some['metric'])} | {p} | {row['student_steps']} "
+                f"| {seconds} |"
             )
         lines += ["", *(f"- {'held' if held else '**missed**'}: {what}" for what, held in promises(labels, rows)), ""]
     return "\n".join(lines)
@@ -158,7 +159,7 @@ def markdown(found: Found) -> str:
 
 def promises(labels: str, rows: Rows) -> list[tuple[str, bool]]:
     """What the recipe promised for a kind of labels, with the measured points, and whether it held."""
-    mean = {name: 100 * (row["test_accuracy"]["mean"] or 0.0) for name, row in rows.items()}
+    mean = {name: 100 * (row["score"]["mean"] or 0.0) for name, row in rows.items()}
     found = [("no seed of L2T-DLN with the LSTM stops early", not (rows[LSTM]["failed"] or rows[FROZEN]["failed"]))]
 
     def beside(what: str, ours: str, others: list[str], least: float) -> None:
@@ -169,7 +170,7 @@ def promises(labels: str, rows: Rows) -> list[tuple[str, bool]]:
     adam = [name for name in rows if name.startswith("L2T-DLN, Adam")]
     for ours in (LSTM, FROZEN):
         if labels == "clean":
-            pairs = zip(rows[ours]["test_accuracy"]["per_seed"], rows[CE]["test_accuracy"]["per_seed"], strict=True)
+            pairs = zip(rows[ours]["score"]["per_seed"], rows[CE]["score"]["per_seed"], strict=True)
             least = min(100 * ((a or 0.0) - (b or 0.0)) for a, b in pairs)
             found.append((f"{ours}: no seed is more than 0.3 points below cross entropy ({least:+.2f})", least >= -0.3))
             beside("above cross entropy in the mean", ours, [CE], 1e-4)

@@ -10,7 +10,6 @@ l2t_jax/assets; --teacher_from=shipped:NAME and `l2t_jax.teachers.load("NAME")` 
 
 import dataclasses
 import hashlib
-import json
 import shutil
 import sys
 from pathlib import Path
@@ -25,7 +24,7 @@ from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.config import Config, Noise, UsageError
-from l2t_jax.runs.records import write_json
+from l2t_jax.runs.records import read_record, write_json
 
 flags.DEFINE_string("run", None, "Directory of a finished run of l2t_dln with --held_out.")
 flags.DEFINE_string("name", None, "Letters, digits and _: what the teacher will be called.")
@@ -53,8 +52,8 @@ def ship(run: str | None, name: str | None, folder: Path) -> str:
     if not run or not name or not name.isidentifier():
         raise UsageError("--run=DIR and --name=NAME are both needed; a name has letters, digits and _ only.")
     try:
-        record = json.loads((Path(run) / "summary.json").read_text())
-        accuracy = record["methods"]["l2t_dln_transfer"]["test_accuracy"]
+        record = read_record(Path(run) / "summary.json")
+        accuracy = record["methods"]["l2t_dln_transfer"]["score"]
     except (OSError, ValueError, KeyError) as error:
         raise UsageError(f"--run={run} is no finished run of l2t_dln ({type(error).__name__}: {error}).") from None
     if not record["config"]["held_out"]:
@@ -86,7 +85,7 @@ def card(record: dict[str, Any], seed: int) -> dict[str, Any]:
         "student": {name: given["settings"][name] for name in OPTIMIZER},
         "trained_on": {name: given[name] for name in STUDENT},
         "seed": seed,
-        "scores": {f"{name}, held-out accuracy": method["test_accuracy"] for name, method in record["methods"].items()},
+        "scores": {f"{name}, held-out accuracy": method["score"] for name, method in record["methods"].items()},
         "command": record["command"],
         "commit": record["environment"].get("git", {}).get("commit"),
     }

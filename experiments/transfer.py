@@ -11,7 +11,6 @@ set is read once for each seed, after its last step.
 """
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from experiments._command import command, start
 from l2t_jax.runs import cells
 from l2t_jax.runs.cells import group_of, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
 from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
@@ -83,7 +83,7 @@ def transfer(config: Config, options: Options) -> int:
 
 
 def _record(root: Path, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = json.loads((root / "records" / f"{name}.json").read_text())
+    record: dict[str, Any] = read_record(root / "records" / f"{name}.json")
     return record
 
 
@@ -104,7 +104,7 @@ def markdown(found: dict[str, Rows]) -> str:
         base, here = (_accuracy(*rows[name]) for name in ("cross entropy", HERE))
         for name, (record, method) in rows.items():
             accuracy, outcome = _accuracy(record, method), record["methods"][method]
-            cells = [name, result(accuracy, len(outcome["failed"]))]
+            cells = [name, result(accuracy, len(outcome["failed"]), record["metric"])]
             for other in (base, here):
                 cells += [_difference(accuracy, other), probability(paired(accuracy["per_seed"], other["per_seed"]))]
             lines.append(f"| {' | '.join([*cells, str(outcome['student_steps'])])} |")
@@ -113,7 +113,7 @@ def markdown(found: dict[str, Rows]) -> str:
 
 
 def _accuracy(record: dict[str, Any], method: str) -> dict[str, Any]:
-    accuracy: dict[str, Any] = record["methods"][method]["test_accuracy"]
+    accuracy: dict[str, Any] = record["methods"][method]["score"]
     return accuracy
 
 

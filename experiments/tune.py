@@ -85,9 +85,9 @@ def markdown(records: list[dict[str, Any]]) -> str:
     rows = []
     for record, values in zip(records, settings, strict=True):
         for method, outcome in record["methods"].items():
-            accuracy = outcome["test_accuracy"]
+            accuracy = outcome["score"]
             where = [name_of(setup_of(record)), method, *(_text(values[name]) for name in differing)]
-            rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]))]))
+            rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]), record["metric"])]))
     rows.sort(key=lambda row: -row[0])
     head = ["data", "method", *differing, "held-out accuracy, %"]
     lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(cells for _, cells in rows))]

@@ -46,7 +46,7 @@ def test_every_method_gives_a_record(table):
         rows = [name, f"{name}_transfer"] if name in TAUGHT else [name]
         assert list(record["methods"]) == rows
         for row in record["methods"].values():
-            assert row["failed"] == [] and len(row["test_accuracy"]["per_seed"]) == 2
+            assert row["failed"] == [] and len(row["score"]["per_seed"]) == 2
             assert row["student_steps"] == 2 * 2  # the same for every method
         assert record["config"]["wrong_labels"] == pytest.approx(0.4, abs=0.07)
         assert (record["config"]["meta"], record["config"]["noise"]["kind"]) == (100, "flip2")
@@ -95,11 +95,11 @@ def test_a_missing_cell_is_run_and_the_table_completed(table, tmp_path):
     copy = tmp_path / "run"
     shutil.copytree(table, copy)
     lost = copy / "records" / "digits_mlp_flip240_focal.json"
-    accuracy = json.loads(lost.read_text())["methods"]["focal"]["test_accuracy"]
+    accuracy = json.loads(lost.read_text())["methods"]["focal"]["score"]
     lost.unlink()
     shutil.rmtree(copy / "cells" / "digits_mlp_flip240_focal")
     assert launch(compare, *TABLE, f"--workdir={copy}") == 0
-    assert json.loads(lost.read_text())["methods"]["focal"]["test_accuracy"] == accuracy
+    assert json.loads(lost.read_text())["methods"]["focal"]["score"] == accuracy
     head = lambda path: [line.split(" | ")[:7] for line in (path / "table.md").read_text().splitlines()]  # noqa: E731
     assert head(copy) == head(table)
 
@@ -119,10 +119,11 @@ def test_table(table):
 def record(method, per_seed, seeds=(0, 1, 2), steps=100, noise=None, student="lenet"):
     values = [v for v in per_seed if v is not None]
     accuracy = {"mean": float(np.mean(values)), "std": float(np.std(values, ddof=1)), "per_seed": list(per_seed)}
-    row = {"test_accuracy": accuracy, "student_steps": steps, "learned_parameters": {"loss": 0, "teacher": 0}}
+    row = {"score": accuracy, "student_steps": steps, "learned_parameters": {"loss": 0, "teacher": 0}}
     settings = {"batch_size": 25, "validation_batch_size": 100, "student_lr": 0.1}
     return {
         "dataset": "mnist",
+        "metric": {"name": "accuracy", "unit": "%", "better": "higher"},
         "student": student,
         "student_parameters": 7,
         "seeds": list(seeds),

@@ -57,7 +57,7 @@ def test_files_of_a_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["methods"]) == ["l2t_dln", "l2t_dln_transfer", "cross_entropy"]
     for method in summary["methods"].values():
-        accuracy = method["test_accuracy"]
+        accuracy = method["score"]
         assert len(accuracy["per_seed"]) == 2 and all(0 <= a <= 1 for a in accuracy["per_seed"])
         np.testing.assert_allclose(accuracy["mean"], np.mean(accuracy["per_seed"]))
         np.testing.assert_allclose(accuracy["std"], np.std(accuracy["per_seed"], ddof=1))
@@ -190,7 +190,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
     assert launch(classification, *arguments, "--seeds=3", f"--workdir={workdir}") == 1
     methods = numbers(workdir)["methods"]
     for name in ("l2t_dln", "cross_entropy"):
-        accuracy = methods[name]["test_accuracy"]["per_seed"]
+        accuracy = methods[name]["score"]["per_seed"]
         assert accuracy[1] is None and accuracy[0] is not None and accuracy[2] is not None
     assert methods["l2t_dln"]["failed"] == [
         {"seed": 1, "reason": "round 1: validation error of stage one is not finite (leaf e_val)"}

@@ -12,10 +12,13 @@ from l2t_jax import losses, methods, students
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import tables
 from l2t_jax.runs.config import Config
-from l2t_jax.runs.reporting import percent
+from l2t_jax.runs.records import read_record
+from l2t_jax.runs.reporting import shown
+from l2t_jax.types import Metric
 
 ROOT = Path(__file__).parents[1]
 TABLES = sorted((ROOT / "experiments" / "results").glob("compare_*"))
+ACCURACY = Metric("accuracy", "%")._asdict()
 RECORDS = sorted((ROOT / "experiments" / "results").glob("*.json"))
 README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -46,7 +49,7 @@ def test_python_examples_run(registries, tmp_path):
         classification.main([])
     assert stop.value.code == 0
     methods = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
-    assert all(methods[name]["test_accuracy"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
+    assert all(methods[name]["score"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
 
 
 @pytest.mark.parametrize("page", PAGES[1:], ids=lambda p: p.stem)
@@ -64,11 +67,11 @@ def test_files_it_names_exist(page):
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_results_table_is_the_record(path):
-    record = json.loads(path.read_text())
+    record = read_record(path)
     (row,) = [line for line in README.splitlines() if line.startswith("|") and f"results/{path.name})" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     names = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")
-    assert cells[1:4] == [percent(record["methods"][name]["test_accuracy"]) for name in names]
+    assert cells[1:4] == [shown(record["methods"][name]["score"], record["metric"]) for name in names]
     assert cells[4] == str(record["methods"]["l2t_dln"]["student_steps"])
     assert record["environment"]["git"]["dirty"] is False and record["command"].startswith("python -m experiments.")
 
@@ -76,7 +79,7 @@ def test_results_table_is_the_record(path):
 @pytest.mark.parametrize("folder", TABLES, ids=lambda p: p.name)
 def test_comparison_tables_are_their_records(folder):
     """table.md is what its records say, they are of clean commits, and README's excerpt is taken from them."""
-    records = [json.loads(path.read_text()) for path in sorted((folder / "records").glob("*.json"))]
+    records = [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
     groups = tables.sorted_groups(records)
     kind = folder.name.removeprefix("compare_")
     assert (folder / "table.md").read_text() == tables.markdown(groups, records, f"{kind} labels")
@@ -90,7 +93,10 @@ def test_comparison_tables_are_their_records(folder):
         method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         for setup, cell in zip(setups, cells, strict=True):
             rows = next(rows for found, rows in groups.items() if tables.name_of(found) == setup)
-            assert cell == next((percent(row.accuracy) for row in rows if row.method == method), ""), (method, setup)
+            assert cell == next((shown(row.score, row.metric) for row in rows if row.method == method), ""), (
+                method,
+                setup,
+            )
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
@@ -104,5 +110,5 @@ def test_replication_tables_are_their_records(dataset):
     columns = [rows for _, rows, _ in found.values()]
     for page in (README, (ROOT / "docs" / "replication.md").read_text()):
         for name in {name for rows in columns for name in rows}:
-            cells = [percent(rows[name]["test_accuracy"]) if name in rows else "" for rows in columns]
+            cells = [shown(rows[name]["score"], ACCURACY) if name in rows else "" for rows in columns]
             assert f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" in page

@@ -12,7 +12,7 @@ ADAM = "L2T-DLN, Adam, frozen"
 def rows(**accuracies):
     names = {"lstm": LSTM, "frozen": FROZEN, "adam": ADAM, "ce": CE, "gce": GCE, "mwn": MWN}
     return {
-        names[name]: {"test_accuracy": {"mean": sum(seeds) / len(seeds), "per_seed": seeds}, "failed": []}
+        names[name]: {"score": {"mean": sum(seeds) / len(seeds), "per_seed": seeds}, "failed": []}
         for name, seeds in accuracies.items()
     }
 
@@ -42,7 +42,7 @@ def test_each_bar_on_wrong_labels_is_seen_alone():
     assert missed("uniform", rows(**base | {"gce": [0.954]})) == []
     assert len(missed("uniform", rows(**base | {"mwn": [0.956]}))) == 2
     level = rows(**base)
-    level[ADAM]["test_accuracy"]["mean"] += 2e-8  # the same accuracies, rounded to float32
+    level[ADAM]["score"]["mean"] += 2e-8  # the same accuracies, rounded to float32
     assert missed("uniform", level) == []
     stopped = rows(**base)
     stopped[LSTM]["failed"] = [{"seed": 0, "reason": "x"}]

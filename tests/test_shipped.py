@@ -34,7 +34,7 @@ def assets(run, tmp_path, monkeypatch):
 
 def test_the_best_in_transfer_on_held_out_examples_is_taken(run, assets):
     record = json.loads((run / "summary.json").read_text())
-    scores = record["methods"]["l2t_dln_transfer"]["test_accuracy"]["per_seed"]
+    scores = record["methods"]["l2t_dln_transfer"]["score"]["per_seed"]
     card = teachers.card("mine")
     assert scores[card["seed"]] == max(scores) and f"{100 * max(scores):.2f} %" in assets[1]
     kept = load_arrays(run / "teachers" / f"l2t_dln_seed_{card['seed']}.npz")

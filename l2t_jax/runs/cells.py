@@ -12,8 +12,8 @@ from l2t_jax.data import Dataset
 from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.config import Config, Options
-from l2t_jax.runs.records import WorkdirError, write_json
-from l2t_jax.runs.reporting import percent
+from l2t_jax.runs.records import WorkdirError, read_record, write_json
+from l2t_jax.runs.reporting import shown
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
 
@@ -46,13 +46,16 @@ def run_cell(name: str, label: str, config: Config, options: Options, load: Call
         config, dataclasses.replace(options, workdir=str(cell), resume=True), load(config.dataset)
     )
     code = run_entries(setting, entries, alone=False)
-    summary = json.loads((cell / "summary.json").read_text())
+    summary = read_record(cell / "summary.json")
+    metric = summary["metric"]
     record.parent.mkdir(parents=True, exist_ok=True)
     write_json(record, summary)
     shutil.rmtree(cell / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
     for row, method in summary["methods"].items():
         failed = f", {len(method['failed'])} seeds stopped early" if method["failed"] else ""
-        print(f"{label}: {row} {percent(method['test_accuracy'])} %, {method['wall_time_s']:.0f} s{failed}")
+        print(
+            f"{label}: {row} {shown(method['score'], metric)} {metric['unit']}, {method['wall_time_s']:.0f} s{failed}"
+        )
     return code
 
 
@@ -64,11 +67,11 @@ def group_of(config: Config) -> str:
 
 def records_in(root: Path) -> list[dict[str, Any]]:
     """All records of a table."""
-    return [json.loads(path.read_text()) for path in sorted((root / "records").glob("*.json"))]
+    return [read_record(path) for path in sorted((root / "records").glob("*.json"))]
 
 
 def _same(record: Path, config: Config, source: str | None) -> None:
-    there = complete(json.loads(record.read_text())["config"])
+    there = complete(read_record(record)["config"])
     asked = json.loads(json.dumps(dataclasses.asdict(config)))
     if different := [name for name, value in asked.items() if name != "rounds" and there.get(name) != value]:
         raise WorkdirError(

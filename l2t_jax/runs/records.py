@@ -20,7 +20,7 @@ import jax
 import numpy as np
 
 import l2t_jax
-from l2t_jax.types import PyTree
+from l2t_jax.types import Metric, PyTree
 
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _locks: dict[Path, IO[str]] = {}  # held for the life of the process, so that a crash in a notebook can be resumed there
@@ -39,6 +39,22 @@ def write_json(path: str | Path, obj: Any) -> None:
     text = json.dumps(_plain(obj), indent=2, allow_nan=False) + "\n"
     with _replacing(path) as file:
         file.write(text.encode())
+
+
+def read_record(path: str | Path) -> dict[str, Any]:
+    """Read the record of a run (summary.json), whenever it was written.
+
+    Records of before tasks had a headline of their own hold `test_accuracy` in place of `metric` and `score`.
+
+    Raises:
+      OSError, json.JSONDecodeError: it is not there, or no JSON.
+    """
+    record: dict[str, Any] = json.loads(Path(path).read_text())
+    record.setdefault("metric", Metric("accuracy", "%")._asdict())
+    for method in record.get("methods", {}).values():
+        if "test_accuracy" in method:
+            method["score"] = method.pop("test_accuracy")
+    return record
 
 
 def save_arrays(path: str | Path, tree: PyTree) -> None:

@@ -20,6 +20,7 @@ from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.runs.setting import Entry, Setting, example_inputs
 from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks.evaluation import evaluate
+from l2t_jax.types import PyTree
 
 SURFACE_POINTS = 41
 OBSERVED = {  # see `l2t_jax.runs.observing`
@@ -53,13 +54,18 @@ def reason(outcome: Outcome | str) -> str | None:
 
 
 def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict[str, Any]:
-    config, schedule = setting.config, setting.schedule
+    config, schedule, metric = setting.config, setting.schedule, setting.task.metric
     test = jax.device_put(setting.dataset.test)
     methods = {}
     for entry in entries:
         results = [(seed, outcomes[(entry.name, seed)]) for seed in config.seeds]
+        scores = [_scores(setting, outcome, test) for _, outcome in results]
         methods[entry.name] = {
-            "test_accuracy": statistics([_test_accuracy(setting, outcome, test) for _, outcome in results]),
+            "score": statistics([None if found is None else found[metric.name] for found in scores]),
+            "scores": {
+                name: statistics([None if found is None else found[name] for found in scores])
+                for name in sorted(set().union(*(found for found in scores if found)))
+            },
             "student_steps": schedule.rounds * schedule.of(entry.method).unroll_length * entry.method.steps_per_round,
             "learned_parameters": _learned(setting, entry),
             "rounds": setting.rounds_of(entry),
@@ -68,6 +74,7 @@ def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict
         }
     return {
         "methods": methods,
+        "metric": metric._asdict(),
         "dataset": config.dataset,
         "student": config.student,
         "student_parameters": _parameters(setting),
@@ -89,10 +96,10 @@ def statistics(per_seed: list[float | None]) -> dict[str, Any]:
     }
 
 
-def _test_accuracy(setting: Setting, outcome: Outcome | str, test: dict[str, Any]) -> float | None:
+def _scores(setting: Setting, outcome: Outcome | str, test: PyTree) -> dict[str, float] | None:
     if reason(outcome) or isinstance(outcome, str):
         return None
-    return float(evaluate(setting.student, outcome.state.student.variables, test, setting.task)["accuracy"])
+    return evaluate(setting.student, outcome.state.student.variables, test, setting.task)
 
 
 def _learned(setting: Setting, entry: Entry) -> dict[str, int]:
@@ -199,11 +206,14 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
     table = Table(
         title=f"{summary['dataset']}, {summary['student']}{labels}, preset {summary['preset']}, seeds {seeds}"
     )
-    for column in ("method", f"{tested_on(summary['config'])} accuracy, %", "student steps", "wall time, s"):
+    for column in ("method", headline(summary), "student steps", "wall time, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in summary["methods"].items():
         table.add_row(
-            name, percent(method["test_accuracy"]), str(method["student_steps"]), f"{method['wall_time_s']:.1f}"
+            name,
+            shown(method["score"], summary["metric"]),
+            str(method["student_steps"]),
+            f"{method['wall_time_s']:.1f}",
         )
     console = Console()
     console.print(table)
@@ -224,14 +234,26 @@ def tested_on(config: dict[str, Any]) -> str:
     return "held-out" if config.get("held_out") else "test"
 
 
-def result(accuracy: dict[str, Any], failed: int) -> str:
-    """`percent`, and how many seeds stopped early, if any did."""
-    return percent(accuracy) + (f" ({failed} stopped early)" if failed else "")
+def headline(record: dict[str, Any]) -> str:
+    """What the score of a record is, for a column: `test accuracy, %`."""
+    metric = record["metric"]
+    return f"{tested_on(record['config'])} {metric['name']}" + (f", {metric['unit']}" if metric["unit"] else "")
 
 
-def percent(accuracy: dict[str, Any]) -> str:
-    """Write statistics of fractions as percentages, `97.22 ± 0.23`."""
-    if accuracy["mean"] is None:
+def points(metric: dict[str, Any]) -> float:
+    """By how much a score is multiplied to be shown in the metric's unit: percentages are of fractions."""
+    return 100.0 if metric["unit"] == "%" else 1.0
+
+
+def result(score: dict[str, Any], failed: int, metric: dict[str, Any]) -> str:
+    """`shown`, and how many seeds stopped early, if any did."""
+    return shown(score, metric) + (f" ({failed} stopped early)" if failed else "")
+
+
+def shown(score: dict[str, Any], metric: dict[str, Any]) -> str:
+    """Write statistics of a score in the metric's unit, `97.22 ± 0.23`."""
+    if score["mean"] is None:
         return "-"
-    spread = "" if accuracy["std"] is None else f" ± {100 * accuracy['std']:.2f}"
-    return f"{100 * accuracy['mean']:.2f}{spread}"
+    scale = points(metric)
+    spread = "" if score["std"] is None else f" ± {scale * score['std']:.2f}"
+    return f"{scale * score['mean']:.2f}{spread}"

@@ -13,7 +13,7 @@ from l2t_jax.methods import method_names
 from l2t_jax.runs import plots
 from l2t_jax.runs.config import Noise
 from l2t_jax.runs.published import PUBLISHED, Setup
-from l2t_jax.runs.reporting import percent, result, tested_on
+from l2t_jax.runs.reporting import headline, points, result, shown
 
 BASELINE = "cross_entropy"
 LEVEL = 0.05
@@ -23,7 +23,8 @@ class Row(NamedTuple):
     """A method in one group of the table."""
 
     method: str
-    accuracy: dict[str, Any]  # mean, std, per_seed; fractions
+    score: dict[str, Any]  # mean, std, per_seed
+    metric: dict[str, Any]  # its name, its unit, whether higher or lower is better
     difference: float | None  # of the mean from cross entropy's, in points
     p: float | None  # of the paired test
     published: float | None  # %
@@ -79,16 +80,17 @@ def title_of(dataset: str, student: str, noise: Noise | None) -> str:
 
 def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Row:
     method, record = rows[name]
-    accuracy, difference, p = method["test_accuracy"], None, None
+    score, difference, p = method["score"], None, None
     base, base_record = rows.get(BASELINE, (None, None))
     if base is not None and base_record is not None and name != BASELINE and base_record["seeds"] == record["seeds"]:
-        other = base["test_accuracy"]
-        if accuracy["mean"] is not None and other["mean"] is not None:
-            difference = 100 * (accuracy["mean"] - other["mean"])
-        p = paired(accuracy["per_seed"], other["per_seed"])
+        other = base["score"]
+        if score["mean"] is not None and other["mean"] is not None:
+            difference = points(record["metric"]) * (score["mean"] - other["mean"])
+        p = paired(score["per_seed"], other["per_seed"])
     return Row(
         method=name,
-        accuracy=accuracy,
+        score=score,
+        metric=record["metric"],
         difference=difference,
         p=p,
         published=PUBLISHED.get((setup, name)),
@@ -112,11 +114,11 @@ def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
     cells, colours = [], []
     for method in (row.method for row in methods):
         found = [next((row for row in rows if row.method == method), None) for rows in groups.values()]
-        cells.append([method, *("" if row is None else percent(row.accuracy) for row in found)])
+        cells.append([method, *("" if row is None else shown(row.score, row.metric) for row in found)])
         colours.append([None, *(None if row is None else _sign(row) for row in found)])
     plots.table(
         root / "table.png",
-        [f"{tested_on(records[0]['config'])} accuracy, %", *(name_of(setup) for setup in groups)],
+        [headline(records[0]), *(name_of(setup) for setup in groups)],
         cells,
         colours,
         title=f"{title}: mean ± std over seeds\nshaded: not cross entropy's (paired t test, p < {LEVEL})",
@@ -125,9 +127,9 @@ def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
 
 def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
     """The tables as text, a section for each data set and student."""
-    lines, tested = [f"# Comparison, {title}", ""], tested_on(records[0]["config"])
+    lines, tested = [f"# Comparison, {title}", ""], headline(records[0])
     lines += [
-        f"{tested.capitalize()} accuracy in %, "
+        f"{tested[0].upper()}{tested[1:].replace(', %', ' in %')}, "
         "mean ± sample standard deviation over the seeds, read once after the last step.",
         "Difference and p: against cross entropy over the same seeds, paired two-sided t test, not corrected for the",
         "number of rows. Published: what a paper reports for this student and data set, on its own budget.",
@@ -143,13 +145,14 @@ def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
             f"validation batch {settings['validation_batch_size']}, SGD {settings['student_lr']:g}, "
             f"preset {record['preset']}{_noise(record)}.",
             "",
-            "| method | accuracy | difference | p | published | learned parameters | student steps | s a seed |",
+            f"| method | {record['metric']['name']} "
+            "| difference | p | published | learned parameters | student steps | s a seed |",
             "|---|---|---|---|---|---|---|---|",
         ]
         for row in rows:
             cells = [
                 row.method,
-                result(row.accuracy, row.failed),
+                result(row.score, row.failed, row.metric),
                 "" if row.difference is None else f"{row.difference:+.2f}",
                 probability(row.p),
                 "" if row.published is None else f"{row.published:g}",
@@ -186,4 +189,4 @@ def _sign(row: Row) -> bool | None:
     """Whether a row is better (True) or worse than cross entropy, where the test says so."""
     if row.p is None or row.p >= LEVEL or row.difference is None:
         return None
-    return row.difference > 0
+    return (row.difference > 0) == (row.metric["better"] == "higher")
