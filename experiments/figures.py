@@ -3,12 +3,12 @@
   python -m experiments.figures --runs=runs/mine
   python -m experiments.figures --runs=runs/lstm,runs/adam --workdir=figures
   python -m experiments.figures --studies=experiments/results/study/residual,experiments/results/study/stable
-  python -m experiments.figures --costs=benchmarks/results/hypergradient_cost_cpu_w1.json
 
 For every run: the surfaces of the DLN through its training (Figure 3), learning curves, norms, and, where labels were
 wrong, what the student made of them and how much of its gradient came from them (the poster). Several runs are also
-drawn together, a curve for each run and method. --studies draws runs of experiments.study together, --costs records of
-benchmarks.hypergradient_cost. Pictures go to --workdir (default figures), in a folder for each run.
+drawn together, a curve for each run and method. --studies draws runs of experiments.study together. Pictures go to
+--workdir (default figures), in a folder for each run. Records of what a hypergradient costs are drawn by
+benchmarks.hypergradient_cost --replot.
 """
 
 import sys
@@ -18,7 +18,6 @@ from zipfile import BadZipFile
 
 from absl import flags
 
-from benchmarks.cost_report import plot
 from experiments import _flags
 from experiments._command import start
 from l2t_jax.runs.config import UsageError
@@ -27,7 +26,6 @@ from l2t_jax.runs.reporting import draw, plot_curves
 from l2t_jax.runs.study_pictures import draw as draw_study
 
 flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their last folders must differ.")
-flags.DEFINE_list("costs", [], "Records of benchmarks.hypergradient_cost (JSON), comma separated: drawn together.")
 flags.DEFINE_list("studies", [], "Run directories of experiments.study, comma separated: drawn together.")
 FLAGS = flags.FLAGS
 flags.declare_key_flag("workdir")
@@ -36,7 +34,7 @@ flags.declare_key_flag("workdir")
 def main(argv: list[str]) -> None:
     """Draw; bad input is one line and exit code 2."""
     try:
-        for path in figures(FLAGS.runs, FLAGS.studies, FLAGS.costs, Path(FLAGS.workdir or "figures")):
+        for path in figures(FLAGS.runs, FLAGS.studies, Path(FLAGS.workdir or "figures")):
             print(path)
     except KeyError as error:
         _flags.fail(f"a record has no {error}: it was written by something else, or by another version.")
@@ -45,14 +43,14 @@ def main(argv: list[str]) -> None:
     sys.exit(0)
 
 
-def figures(runs: list[str], studies: list[str], costs: list[str], folder: Path) -> list[Path]:
+def figures(runs: list[str], studies: list[str], folder: Path) -> list[Path]:
     """Draw all that is asked for; returns the pictures, in order.
 
     Raises:
       UsageError: nothing is asked for, or what is there is no finished run or no record.
     """
-    if not runs and not studies and not costs:
-        raise UsageError("there is nothing to draw: give --runs=DIR, --studies=DIR or --costs=FILE.")
+    if not runs and not studies:
+        raise UsageError("there is nothing to draw: give --runs=DIR or --studies=DIR.")
     names = [Path(run).name for run in runs]
     for flag, found in (("runs", names), ("studies", [Path(study).name for study in studies])):
         if len(set(found)) < len(found):
@@ -80,12 +78,6 @@ def figures(runs: list[str], studies: list[str], costs: list[str], folder: Path)
         seen = [row | {"method": name} for name, rows in rows_of.items() for row in rows]
         folder.mkdir(parents=True, exist_ok=True)
         draw_study(folder, seen, f"{about[0]['dataset']}, {about[0]['student']}")
-    if costs:
-        measured = [
-            row for file in costs for row in _read(Path(file), "rows", "a record of hypergradient_cost")["rows"]
-        ]
-        folder.mkdir(parents=True, exist_ok=True)
-        plot(measured, folder / "hypergradient_cost.png")
     return sorted(folder.rglob("*.png"))
 
 

@@ -47,9 +47,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     Records of before tasks had a headline of their own hold `test_accuracy` in place of `metric` and `score`.
 
     Raises:
-      OSError, json.JSONDecodeError: it is not there, or no JSON.
+      OSError: it is not there.
+      ValueError: it is no JSON, or no record.
     """
     record: dict[str, Any] = json.loads(Path(path).read_text())
+    if not isinstance(record, dict):
+        raise ValueError(f"{path} is a {type(record).__name__}, expected the record of a run.")
     record.setdefault("metric", Metric("accuracy", "%")._asdict())
     for method in record.get("methods", {}).values():
         if "test_accuracy" in method:
