@@ -191,6 +191,10 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
         raise UsageError(f"--teacher_from is for {', '.join(TAUGHT)}: name one of them in --method.")
     if FLAGS.resume and FLAGS.workdir is None:
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
+    if not 0 <= FLAGS.held_out <= 0.9:  # absl lets nan through
+        raise UsageError(f"--held_out={FLAGS.held_out} must lie between 0 and 0.9.")
+    if not FLAGS.checkpoint_seconds >= 0:
+        raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
     config = Config(
         dataset=known("dataset", FLAGS.dataset, DATASETS),
         student=known("student", FLAGS.student, STUDENTS),
@@ -332,7 +336,7 @@ def checked(settings: Preset) -> Preset:
       UsageError: one is not.
     """
     for name, names in CHOICES.items():
-        known(name, getattr(settings, name), names)
+        known(name if name in FLAGS else f"set={name}", getattr(settings, name), names)
     if settings.update_sign not in (-1, 1):
         raise UsageError(f"--set: update_sign={settings.update_sign} must be 1 or -1.")
     for name in ("epochs", "unroll_length", "batch_size", "validation_batch_size"):

@@ -71,9 +71,11 @@ def sweep_matrices(h: Array, first: int, eta: float) -> tuple[Array, Array]:
     Returns:
       M [D, D], G [D, D], with H_l = [[0, 0], [H21, 0]] and H_u = H - H_l.
     Raises:
-      ValueError: H is not square, or D1 leaves one of the blocks empty.
+      ValueError: H is no array or not square, or D1 leaves one of the blocks empty.
     Source: L2T-DLN (NeurIPS 2023), Eqs. 9-12.
     """
+    if not hasattr(h, "ndim"):
+        raise ValueError(f"H is a {type(h).__name__}: expected an array [D, D].")
     if h.ndim != 2 or h.shape[0] != h.shape[1] or not 0 < first < h.shape[0]:
         raise ValueError(f"H {list(h.shape)} cannot be divided after {first}: give [D, D] and 0 < D1 < D.")
     lower = jnp.zeros_like(h).at[first:, :first].set(h[first:, :first])

@@ -81,8 +81,12 @@ def conv2d(
     Returns:
       [B, h, w, O], the dtype of x. Equal to `lax.conv_general_dilated` in every derivative, jvp, vjp, vmap and jit.
     Raises:
-      ValueError: shapes or options that do not fit.
+      ValueError: what is no array of floats, shapes or options that do not fit, or anything empty.
     """
+    for name, array in (("x", x), ("w", w)):
+        if not hasattr(array, "dtype") or not jnp.issubdtype(array.dtype, jnp.inexact):
+            kind = getattr(array, "dtype", f"a {type(array).__name__}")
+            raise ValueError(f"{name} is {kind}: expected an array of floats.")
     spec = make_spec(x.shape, w.shape, strides, padding, dilation, groups)
     if x.dtype != w.dtype:
         raise ValueError(f"x is {x.dtype} and w is {w.dtype}: give both the same dtype.")
@@ -97,10 +101,16 @@ def make_spec(
     dilation: int | Pair,
     groups: int,
 ) -> Spec:
-    """Check shapes and options, and make them explicit."""
+    """Check shapes and options, and make them explicit.
+
+    Raises:
+      ValueError: they do not fit.
+    """
     if len(x) != 4 or len(w) != 4:
         raise ValueError(f"x is {list(x)} and w is {list(w)}: expected [B, H, W, I] and [K, K, I / G, O].")
-    if groups < 1 or x[3] != w[2] * groups or w[3] % groups:
+    if 0 in (*x, *w):
+        raise ValueError(f"x is {list(x)} and w is {list(w)}, one of which is empty: give images and a kernel.")
+    if not isinstance(groups, int) or groups < 1 or x[3] != w[2] * groups or w[3] % groups:
         raise ValueError(f"{x[3]} input and {w[3]} output channels and a kernel of {w[2]} do not fit {groups} groups.")
     strides, dilation = _pair(strides, "strides"), _pair(dilation, "dilation")
     reach = [(w[i] - 1) * dilation[i] + 1 for i in (0, 1)]
@@ -111,6 +121,13 @@ def make_spec(
         padding = ((rows[0], rows[1]), (columns[0], columns[1]))
     elif isinstance(padding, int):
         padding = ((padding, padding), (padding, padding))
+    elif [len(side) if isinstance(side, (tuple, list)) else 0 for side in _listed(padding)] != [2, 2]:
+        raise ValueError(
+            f"padding {padding!r} is unknown; choose SAME, VALID, a number or ((before, after), (..., ...))."
+        )
+    else:
+        rows, columns = padding
+        padding = ((int(rows[0]), int(rows[1])), (int(columns[0]), int(columns[1])))
     spec = Spec((x[1], x[2]), (w[0], w[1]), strides, padding, dilation, groups)
     if min(spec.output) < 1:
         raise ValueError(f"A kernel of {reach[0]}x{reach[1]} does not fit into an input of {spec.padded} with padding.")
@@ -118,10 +135,14 @@ def make_spec(
 
 
 def _pair(value: int | Pair, name: str) -> Pair:
-    pair = (value, value) if isinstance(value, int) else value
-    if len(pair) != 2 or min(pair) < 1:
+    pair = (value, value) if isinstance(value, int) else tuple(_listed(value))
+    if len(pair) != 2 or not all(isinstance(x, int) and x >= 1 for x in pair):
         raise ValueError(f"{name}={value} must be one or two integers of at least 1.")
-    return pair
+    return pair[0], pair[1]
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (tuple, list)) else []
 
 
 # Canonical forms

@@ -25,7 +25,7 @@ from l2t_jax.inputs import (
     length_of,
 )
 from l2t_jax.memory import FORWARD, MEMORY_MODES, auto, untrue
-from l2t_jax.optimizers import check_at_zero
+from l2t_jax.optimizers import check_at_first, check_at_zero, check_optimizer
 from l2t_jax.types import Array, PyTree, StudentState
 from l2t_jax.unroll import InnerLoss, OuterError, mean_over, unrolled_error
 
@@ -68,14 +68,16 @@ def hypergradient(
     Returns:
       compute(phi, state, batches (leaves [N, B, ...]), validation) -> `Hypergradient`.
     Raises:
-      ValueError: an unknown memory mode; when called, what is given or returned has not the structure, shape or dtype
-        that is expected, the mode cannot differentiate the inner loss, `check_gradient` found it untrue, or the
-        optimizer has no derivative at a zero gradient (found where values are known, not under jit: there it is NaN).
+      ValueError: an unknown memory mode, an optimizer that is none; when called, what is given or returned has not the
+        structure, shape or dtype that is expected, the optimizer cannot take a step with a gradient alone, the mode
+        cannot differentiate the inner loss, `check_gradient` found it untrue, or the optimizer has no derivative at a
+        zero gradient or in its first steps (found where values are known, not under jit: there it is NaN).
     Source: L2T-DLN (NeurIPS 2023), Eqs. 4-6. As printed, Eq. 5 starts at N-1 and Eq. 7 lacks the minus sign; this
     is the derivative itself, so neither question arises.
     """
     if memory not in MEMORY_MODES:
         raise ValueError(f"memory mode {memory!r} is unknown; choose one of {', '.join(MEMORY_MODES)}.")
+    check_optimizer(optimizer, "the student's optimizer")
     build = partial(auto, at_once=at_once, check_gradient=check_gradient) if memory == "auto" else MEMORY_MODES[memory]
     run = build(inner, optimizer, axis_name)
     differentiate = jax.value_and_grad(unrolled_error(run, outer), has_aux=True)
@@ -102,7 +104,8 @@ def hypergradient(
             try_gradient(state, phi, batches)
         (error, (after, losses, metrics)), gradient = differentiate(phi, state, batches, validation)
         if is_known((error, gradient)) and jnp.isfinite(error) and not is_finite(gradient):
-            check_at_zero(optimizer, state.params)  # the usual reason, and the only one that can be named
+            check_at_zero(optimizer, state.params)  # the usual reason
+            check_at_first(optimizer, state.params)  # and the only other that can be named
         # The error stays local inside the derivative; one mean of the hypergradient after it is exact.
         error, gradient, losses, metrics = mean_over(axis_name, (error, gradient, losses, metrics))
         return Hypergradient(error, gradient, after, losses, metrics)

@@ -192,6 +192,25 @@ def check_carried(before: PyTree, after: PyTree, who: str, what: str) -> None:
             )
 
 
+def check_like(expected: PyTree, given: PyTree, what: str, like: str) -> None:
+    """Check that a tree has the structure of another, and its leaves the shapes of that one's.
+
+    Raises:
+      ValueError: names the first leaf that is another.
+    """
+    if not _alike(expected, given):
+        raise ValueError(
+            f"{what} has another structure than {like}: expected {jax.tree.structure(expected)}, given "
+            f"{jax.tree.structure(given)}."
+        )
+    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(given), strict=True):
+        if jnp.shape(a) != jnp.shape(b):
+            raise ValueError(
+                f"{_leaf(what, path)} is {list(jnp.shape(b))} and {_leaf(like, path)} is {list(jnp.shape(a))}: "
+                "expected the same shape."
+            )
+
+
 def run_now(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Compile and run a function of known values at once, also in the middle of a trace."""
     compiled = jax.jit(function).lower(*arguments).compile()

@@ -27,6 +27,7 @@ from jax import lax
 from jax.extend.core import Literal
 
 from l2t_jax.inputs import length_of
+from l2t_jax.optimizers import check_optimizer
 from l2t_jax.second_order import gradient_gap, linearized_gradient, mixed_gradient
 from l2t_jax.types import Array, PyTree, StudentState
 from l2t_jax.unroll import InnerLoss, Step, Unroll, plain_gradient, student_step, unroll
@@ -56,6 +57,7 @@ def _linearize(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_n
 
 def _lean(optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
     """Keep a non-linear optimizer (Adam) from storing its intermediate values."""
+    check_optimizer(optimizer, "the student's optimizer")
     return optax.GradientTransformation(optimizer.init, jax.checkpoint(optimizer.update, prevent_cse=False))
 
 

@@ -1,6 +1,11 @@
-"""Student optimizers inside an unroll: they are differentiated, also where a gradient is exactly zero."""
+"""Optimizers inside an unroll: they are differentiated, also where a gradient is exactly zero.
+
+Any optax transformation of a gradient will do. Those of its sign alone (`sign_sgd`, `lion`, `rprop`) are piecewise
+constant, so a hypergradient through them is zero, as it should be, and teaches nothing.
+"""
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -9,6 +14,8 @@ import optax
 
 from l2t_jax.inputs import run_now
 from l2t_jax.types import PyTree
+
+FIRST = 6  # steps; optax.radam is unlike itself in so many
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -34,6 +41,37 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
+def check_optimizer(optimizer: Any, who: str) -> None:
+    """Check that an optimizer is an optax transformation.
+
+    Raises:
+      ValueError: it is not; a builder that was not called, or a teacher, perhaps.
+    """
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or hasattr(optimizer, "memory"):
+        called = "; give what it returns, optax.sgd(0.1) and not optax.sgd" if callable(optimizer) else ""
+        raise ValueError(f"{who} is a {type(optimizer).__name__}: expected an optax transformation{called}.")
+
+
+def update_with(
+    optimizer: optax.GradientTransformation, gradient: PyTree, state: PyTree, params: PyTree, who: str
+) -> tuple[PyTree, PyTree]:
+    """The updates and the new state of an optimizer, which is given no more than these.
+
+    Raises:
+      ValueError: it fails; the line says who and what else it wants.
+    """
+    try:
+        updates, after = optimizer.update(gradient, state, params)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0][:120]
+        raise ValueError(
+            f"{who} cannot take a step ({type(error).__name__}: {reason}). It is given a gradient, the state of its "
+            "own init and parameters, no value of the loss and no function of it (lbfgs, polyak_sgd, momo want one), "
+            "and parameters as they are (sm3 wants an axis in each): take another, e.g. optax.sgd."
+        ) from error
+    return updates, after
+
+
 def check_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> None:
     """Check that an optimizer's first update can be differentiated at a gradient that is exactly zero.
 
@@ -41,16 +79,44 @@ def check_at_zero(optimizer: optax.GradientTransformation, params: PyTree) -> No
       optimizer: an optax transformation.
       params: what it updates; arrays, no tracers.
     Raises:
-      ValueError: its derivative there is not finite, so one zero gradient would make a whole hypergradient NaN.
+      ValueError: its derivative there is not finite, so one zero gradient would make a whole hypergradient NaN; or see
+        `check_at_first`.
     """
-
-    def derivatives(params: PyTree) -> PyTree:
-        state, zeros = optimizer.init(params), jax.tree.map(jnp.zeros_like, params)
-        updates, vjp = jax.vjp(lambda g: optimizer.update(g, state, params)[0], zeros)
-        return vjp(jax.tree.map(jnp.ones_like, updates))
-
-    if not all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run_now(derivatives, params))):
+    if not _finite_slope(optimizer, params, 0.0, steps=1):
+        check_at_first(optimizer, params)
         raise ValueError(
             "the student's optimizer has no derivative at a zero gradient, so the hypergradient would be NaN there: "
             "use l2t_jax.optimizers.clip_by_global_norm in place of optax's, and eps_root > 0 in Adam and its kin."
         )
+
+
+def check_at_first(optimizer: optax.GradientTransformation, params: PyTree) -> None:
+    """Check that an optimizer's first updates can be differentiated at ordinary gradients.
+
+    Args: as for `check_at_zero`.
+    Raises:
+      ValueError: a derivative is not finite.
+    """
+    if not _finite_slope(optimizer, params, 1.0, FIRST):
+        raise ValueError(
+            "the student's optimizer has no finite derivative in its first steps, whatever the gradient (optax.radam "
+            "has a NaN behind a `where` there), so the hypergradient would be NaN: take another, e.g. optax.adam with "
+            "eps_root > 0."
+        )
+
+
+def _finite_slope(optimizer: optax.GradientTransformation, params: PyTree, gradient: float, steps: int) -> bool:
+    """Whether the derivative of some updates by a gradient, all of whose entries are the same, is finite."""
+
+    def derivatives(params: PyTree) -> PyTree:
+        def updated(given: PyTree) -> PyTree:
+            theta, state = params, optimizer.init(params)
+            for _ in range(steps):
+                updates, state = update_with(optimizer, given, state, theta, "the student's optimizer")
+                theta = optax.apply_updates(theta, updates)
+            return theta
+
+        after, vjp = jax.vjp(updated, jax.tree.map(lambda x: jnp.full_like(x, gradient), params))
+        return vjp(jax.tree.map(jnp.ones_like, after))
+
+    return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(run_now(derivatives, params)))

@@ -12,6 +12,7 @@ import optax
 from jax import lax
 
 from l2t_jax.inputs import as_arrays, check_carried, check_floats, check_inner, check_outer, length_of
+from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import Array, Batch, Errors, Loss, PyTree, Student, StudentState, Task
 
 # (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
@@ -80,9 +81,18 @@ def both_weights(of_rows: Array | tuple[()], of_examples: Array | tuple[()], cou
 
 
 def errors_of(task: Task, outputs: PyTree, batch: Batch) -> Errors:
-    """The validation errors of a batch with their weights, each row's times its example's."""
+    """The validation errors of a batch with their weights, each row's times its example's.
+
+    Raises:
+      ValueError: the task's error does not give one value for each example, or for each row of them.
+    """
     errors = task.error(outputs, batch.targets)
     values, weight = errors if isinstance(errors, Errors) else (errors, ())
+    if jnp.ndim(values) != 1 or values.shape[0] % examples_of(batch):
+        raise ValueError(
+            f"the task's error is {list(jnp.shape(values))} for {examples_of(batch)} examples: expected one value for "
+            "each, or for each of their rows, not reduced."
+        )
     return Errors(values, both_weights(weight, batch.weight, values.shape[0]))
 
 
@@ -161,8 +171,10 @@ def init_state(variables: dict[str, PyTree], optimizer: optax.GradientTransforma
     """Make the state that an unroll carries from {"params": ..., "batch_stats": ... (optional)}.
 
     Raises:
-      ValueError: a parameter is not an array of floats (or a Python float), a statistic is not an array.
+      ValueError: a parameter is not an array of floats (or a Python float), a statistic is not an array, the optimizer
+        is none.
     """
+    check_optimizer(optimizer, "the student's optimizer")
     params = as_arrays(variables["params"], "params")
     check_floats(params, "params")
     return StudentState(params, as_arrays(variables.get("batch_stats", {}), "batch_stats"), optimizer.init(params))
@@ -195,13 +207,18 @@ def student_step(gradient: Gradient, optimizer: optax.GradientTransformation, *,
         loss: only so is the derivative through the step exact.
     Returns:
       step(state, loss_params, batch) -> next state, loss [].
+    Raises:
+      ValueError: the optimizer is none; when called, it cannot take a step with a gradient alone.
     Source: L2T-DLN (NeurIPS 2023), Eq. 2.
     """
+    check_optimizer(optimizer, "the student's optimizer")
 
     def step(state: StudentState, loss_params: PyTree, batch: PyTree) -> tuple[StudentState, Array]:
         grads, loss, stats = gradient(state.params, state.batch_stats, loss_params, batch)
         grads = mean_over(axis_name, grads)
-        updates, optimizer_state = optimizer.update(grads, state.optimizer_state, state.params)
+        updates, optimizer_state = update_with(
+            optimizer, grads, state.optimizer_state, state.params, "the student's optimizer"
+        )
         return StudentState(optax.apply_updates(state.params, updates), stats, optimizer_state), loss
 
     return step

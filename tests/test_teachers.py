@@ -182,3 +182,50 @@ def test_every_shipped_teacher_descends(name):
         moved = jax.tree.map(jnp.add, moved, update)
     change = jax.tree.map(lambda a, b, g: jnp.sum((a - b) * g), moved, phi, gradient)
     assert sum(jax.tree.leaves(change)) < 0
+
+
+ZERO = {  # every teacher by name, and what an LSTM can be besides
+    **{name: lambda name=name: TEACHERS[name](1e-2) for name in TEACHERS},
+    "odd": lambda: coordinate_lstm(1e-2, odd=True),
+    "silent, with a window": lambda: coordinate_lstm(1e-2, silent=True, window=2),
+    "without preprocessing": lambda: coordinate_lstm(1e-2, preprocess=None),
+    "beside Adam": lambda: teachers.build_teacher("lstm", 1e-2, base="adam"),
+}
+
+
+@pytest.mark.parametrize("name", ZERO)
+def test_a_hypergradient_that_is_exactly_zero(name, x64, small_lstm):
+    """As of a validation batch that is wholly masked: update and derivatives are sound."""
+    teacher = ZERO[name]()
+    params, phi = jax.tree.map(jnp.asarray, (teacher.init(jax.random.key(3)), PHI))
+    zero, some = jax.tree.map(jnp.zeros_like, phi), jax.tree.map(lambda p: jnp.sin(p + 1.0), phi)
+    draw = lambda p: jnp.cos(jnp.arange(p.size, dtype=p.dtype)).reshape(p.shape)  # noqa: E731
+    way, weights = jax.tree.map(draw, params), jax.tree.map(draw, phi)
+
+    def total(params, gradients):
+        memory, result = teacher.memory(phi), 0.0
+        for gradient in gradients:
+            update, memory = teacher.update(params, memory, gradient, phi)
+            result += sum(jax.tree.leaves(jax.tree.map(jnp.vdot, update, weights)))
+        return result
+
+    def by_hypergradient(params):
+        move = lambda h: total(params, (jax.tree.map(lambda w: h * w, weights),))  # noqa: E731
+        return jax.grad(move)(0.0), (move(1e-7) - move(-1e-7)) / 2e-7
+
+    @jax.jit
+    def compute(params):
+        found = []
+        for gradients in ((zero,), (zero, zero), (some, zero)):
+            move = lambda h, g=gradients: total(jax.tree.map(lambda p, d: p + h * d, params, way), g)  # noqa: E731
+            found.append((move(0.0), jax.grad(move)(0.0), (move(1e-5) - move(-1e-5)) / 2e-5))
+        return found
+
+    if "adam" not in name.lower():  # whose slope has NaN there without eps_root: no method differentiates by it
+        slope, difference = jax.jit(by_hypergradient)(params)
+        np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-11)
+    rows = compute(params)
+    for value, slope, difference in rows:
+        assert jnp.isfinite(value)
+        np.testing.assert_allclose(slope, difference, rtol=1e-6, atol=1e-11)
+    assert rows[-1][1] != 0 or not jax.tree.leaves(params)  # of an odd teacher the others are zero, as they should be

@@ -8,6 +8,7 @@ import dataclasses
 import numpy as np
 
 from l2t_jax.data import DataError, Dataset
+from l2t_jax.data.order import require_counts
 
 NOISES = ("flip", "flip2", "uniform")
 _FAR = 6.0  # standard deviations: a rate of wrong labels further off than this is a mistake, not chance
@@ -31,7 +32,8 @@ def transition(kind: str, ratio: float, num_classes: int, seed: int) -> np.ndarr
     """
     if kind not in NOISES:
         raise DataError(f"noise {kind!r} is unknown: use one of {', '.join(NOISES)}.")
-    if not 0 <= ratio <= 1:
+    require_counts(DataError, num_classes=(num_classes, 1), seed=(seed, 0))
+    if not isinstance(ratio, (int, float, np.number)) or not 0 <= ratio <= 1:
         raise DataError(f"the noise ratio {ratio} must lie between 0 and 1.")
     others = {"flip": 1, "flip2": 2, "uniform": 0}[kind]
     if num_classes < max(2, others + 1):
@@ -47,12 +49,31 @@ def transition(kind: str, ratio: float, num_classes: int, seed: int) -> np.ndarr
 
 
 def corrupt(labels: np.ndarray, matrix: np.ndarray, seed: int) -> np.ndarray:
-    """Draw every label [n] anew from its class's row of the matrix, independently; int32 [n]."""
+    """Draw every label [n] anew from its class's row of the matrix, independently; int32 [n].
+
+    Raises:
+      DataError: labels are no integers [n] from 0 to C - 1, or the matrix is not [C, C] with rows that are
+        distributions.
+    """
+    labels, matrix = np.asarray(labels), np.asarray(matrix)
+    classes = len(matrix) if matrix.ndim else 0
+    if matrix.shape != (classes, classes) or not _are_distributions(matrix):
+        raise DataError(f"the matrix {list(matrix.shape)} is none of noise: give [C, C] with rows >= 0 that sum to 1.")
+    if labels.ndim != 1 or labels.dtype.kind not in "iu":
+        raise DataError(f"labels are {labels.dtype}{list(labels.shape)}: expected integers [n], a class for each.")
+    wrong = (labels < 0) | (labels >= classes)
+    if wrong.any():
+        raise DataError(f"label {labels[wrong][0]} is outside 0..{classes - 1}: correct the labels or the matrix.")
+    require_counts(DataError, seed=(seed, 0))
     draws = np.random.default_rng((seed, 1)).random(len(labels))
     reached = np.cumsum(matrix, axis=1)[labels] > draws[:, None]  # [n, C]
     # A row may sum to a little less than 1: then the draw may exceed all of it, and the last class with weight is it.
     last = matrix.shape[1] - 1 - np.argmax(matrix[:, ::-1] > 0, axis=1)[labels]
     return np.where(reached.any(axis=1), reached.argmax(axis=1), last).astype(np.int32)
+
+
+def _are_distributions(rows: np.ndarray) -> bool:
+    return bool(np.all(rows >= 0) and np.allclose(rows.sum(axis=1), 1))
 
 
 def with_noise(dataset: Dataset, kind: str, ratio: float, meta: int, seed: int) -> Dataset:
@@ -94,7 +115,7 @@ def wrong_share(dataset: Dataset) -> float:
 
 def _balanced(labels: np.ndarray, meta: int, classes: int) -> np.ndarray:
     """Which examples [n] are the first meta / C of their class; of a rest, the first classes give one more each."""
-    if meta < 0 or 0 < meta < classes:
+    if not isinstance(meta, (int, np.integer)) or meta < 0 or 0 < meta < classes:
         raise DataError(f"a meta set of {meta} must have an example of each of {classes} classes at least, or be 0.")
     chosen = np.zeros(len(labels), bool)
     for label in range(classes):

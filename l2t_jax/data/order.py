@@ -4,7 +4,7 @@ Legend: n examples, S stages, N unroll length, B training batch, V validation ba
 """
 
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -16,14 +16,27 @@ class Split(NamedTuple):
     validation: np.ndarray  # [n_validation] int32
 
 
+def require_counts(error: type[ValueError] = ValueError, /, **counts: tuple[Any, int]) -> None:
+    """Check named integers, each given with the least it may be.
+
+    Raises:
+      ValueError (or `error`): names the first that is no integer or too small.
+    """
+    for name, (count, least) in counts.items():
+        if not isinstance(count, (int, np.integer)) or isinstance(count, bool) or count < least:
+            kind = "a positive integer" if least == 1 else f"an integer of at least {least}"
+            raise error(f"{name}={count!r} is not {kind}: give {name} at least {least}.")
+
+
 def split_sizes(n: int, validation_ratio: float) -> tuple[int, int]:
     """Divide n examples into (n_train, n_validation), n_validation = round(n * validation_ratio).
 
     Raises:
-      ValueError: the ratio is not strictly between 0 and 1.
+      ValueError: n is no integer of at least 1, or the ratio is not strictly between 0 and 1.
     """
-    if not 0 < validation_ratio < 1:
-        raise ValueError(f"validation_ratio={validation_ratio} must lie between 0 and 1, both excluded.")
+    require_counts(n=(n, 1))
+    if not isinstance(validation_ratio, (int, float, np.number)) or not 0 < validation_ratio < 1:
+        raise ValueError(f"validation_ratio={validation_ratio!r} must lie between 0 and 1, both excluded.")
     n_validation = round(n * validation_ratio)
     return n - n_validation, n_validation
 
@@ -33,6 +46,7 @@ def rounds_per_epoch(n_validation: int, stages: int, validation_batch_size: int)
 
     Source: the released code of L2T-DLN, where an epoch is one pass over the validation part.
     """
+    require_counts(stages=(stages, 1), validation_batch_size=(validation_batch_size, 1))
     return n_validation // (stages * validation_batch_size)
 
 
@@ -52,12 +66,10 @@ def check_sizes(
     Raises:
       ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
     """
-    epoch_stages = epoch_stages or stages
+    epoch_stages = stages if epoch_stages is None else epoch_stages
     sizes = {"n": n, "stages": stages, "unroll_length": unroll_length, "epoch_stages": epoch_stages}
     sizes |= {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
-    for name, size in sizes.items():
-        if size < 1:
-            raise ValueError(f"{name}={size} is not a positive integer: give {name} at least 1.")
+    require_counts(**{name: (size, 1) for name, size in sizes.items()})
     n_train, n_validation = split_sizes(n, validation_ratio)
     parts = f"{n} examples at validation_ratio={validation_ratio} leave"
     if batch_size > n_train:
@@ -83,9 +95,13 @@ def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_sp
     Returns:
       Read-only indices.
 
+    Raises:
+      ValueError: a number is none, or below 0 (n: below 1); see `split_sizes`.
+
     Source: Algorithm 1 of L2T-DLN (NeurIPS 2023) has epochs and says nothing of a division; the released
     code divides anew every epoch, as is done here.
     """
+    require_counts(seed=(seed, 0), epoch=(epoch, 0))
     n_train, _ = split_sizes(n, validation_ratio)
     order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
     return Split(order[:n_train], order[n_train:])
@@ -156,13 +172,12 @@ def round_indices(
       Training indices [S, N, B] and validation indices [S, V], int32.
 
     Raises:
-      ValueError: see `check_sizes`; or the round is negative.
+      ValueError: see `check_sizes`; or seed or round is no integer of at least 0.
 
     Source: the released code of L2T-DLN, which however loses one batch, and so one step, where a pass ends
     within a round; here every round has all its S N batches.
     """
-    if round < 0:
-        raise ValueError(f"round={round} is negative: rounds count from 0.")
+    require_counts(seed=(seed, 0), round=(round, 0))
     check_sizes(
         n=n,
         validation_ratio=validation_ratio,

@@ -83,7 +83,7 @@ def load(name: str, data_dir: str | os.PathLike[str] | None = None, download: bo
 
 
 def check(dataset: Dataset) -> None:
-    """Check dtypes, shapes, labels, and that every class occurs in training.
+    """Check dtypes, shapes, labels, that every class occurs in training, and the size of a meta set.
 
     Raises:
       DataError: names the first thing that is wrong.
@@ -102,6 +102,14 @@ def check(dataset: Dataset) -> None:
         f"{dataset.name}: mean {dataset.mean} and std {dataset.std} must have one finite value for each of "
         f"{shape[-1]} channels, and every std must be positive.",
     )
+    n, true = len(dataset.train_labels), dataset.true_labels
+    meta = dataset.meta
+    _require(
+        isinstance(meta, int) and 0 <= meta < n,
+        f"{dataset.name}: meta={meta!r}, expected an integer from 0 to {n - 1}.",
+    )
+    if true is not None:
+        _check_part(f"{dataset.name} train, true", dataset.train_images, true, dataset.num_classes)
 
 
 def _check_part(part: str, images: np.ndarray, labels: np.ndarray, num_classes: int) -> None:
@@ -144,6 +152,7 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0) -> Dataset:
     Raises:
       DataError: the share is none, or a class would have no example in one of the parts.
     """
+    _require(isinstance(seed, (int, np.integer)) and seed >= 0, f"seed={seed!r} is not an integer of at least 0.")
     _require(0 <= share < 1, f"{dataset.name}: the share to hold out is {share}, expected at least 0 and less than 1.")
     if share == 0:
         return dataset

@@ -7,7 +7,7 @@ from typing import Any
 from l2t_jax.losses.adaptive_robust import adaptive_robust
 from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.checking import LossError, check_loss
-from l2t_jax.losses.common import fixed, make_loss
+from l2t_jax.losses.common import check_classes, fixed, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.dln import dln
 from l2t_jax.losses.generalized_cross_entropy import generalized_cross_entropy
@@ -48,12 +48,17 @@ def build_loss(name: str, num_classes: int, **knobs: Any) -> Loss:
       num_classes: C.
       **knobs: of the builder.
     Raises:
-      ValueError: an unknown name.
+      ValueError: an unknown name, a knob that this loss has not, or a value that is out of range.
     """
     if name not in LOSSES:
         raise ValueError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}.")
     needs_classes = "num_classes" in inspect.signature(LOSSES[name]).parameters
-    return LOSSES[name](**({"num_classes": num_classes} if needs_classes else {}), **knobs)
+    arguments = ({"num_classes": num_classes} if needs_classes else {}) | knobs
+    try:
+        inspect.signature(LOSSES[name]).bind(**arguments)
+    except TypeError as error:  # Python's own line of an unknown keyword
+        raise ValueError(f"loss {name!r} with {knobs}: {error}. See the arguments of its builder.") from error
+    return LOSSES[name](**arguments)
 
 
 def fixed_losses() -> list[str]:
@@ -61,4 +66,4 @@ def fixed_losses() -> list[str]:
     return [name for name, build in LOSSES.items() if build().learned != "teacher"]
 
 
-__all__ = ["LOSSES", "LossError", "build_loss", "check_loss", "fixed", "fixed_losses", "make_loss"]
+__all__ = ["LOSSES", "LossError", "build_loss", "check_classes", "check_loss", "fixed", "fixed_losses", "make_loss"]

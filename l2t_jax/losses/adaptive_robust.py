@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 ALPHA_LOW, ALPHA_HIGH = 0.001, 1.999
@@ -44,6 +44,7 @@ def adaptive_robust(*, num_classes: int = 10, scale_low: float = 0.1) -> Loss:
         return {"alpha": jnp.zeros(num_classes), "c": jnp.zeros(num_classes)}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        check_classes(outputs, targets)
         classes = outputs.shape[-1]
         if classes != num_classes:
             raise ValueError(

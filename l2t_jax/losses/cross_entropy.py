@@ -2,6 +2,7 @@
 
 import optax
 
+from l2t_jax.losses.common import check_classes
 from l2t_jax.types import Array
 
 
@@ -13,5 +14,8 @@ def cross_entropy(outputs: Array, targets: Array) -> Array:
       targets: classes y [B], int.
     Returns:
       losses [B], in nats.
+    Raises:
+      ValueError: see `check_classes`.
     """
+    check_classes(outputs, targets)
     return optax.softmax_cross_entropy_with_integer_labels(outputs, targets)

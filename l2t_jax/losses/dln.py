@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Key, Loss, PyTree
 
@@ -81,6 +81,7 @@ def dln(
         return (*layers[:-1], jax.tree.map(jnp.zeros_like, layers[-1])) if residual else layers
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        check_classes(outputs, targets)
         classes = outputs.shape[-1]
         s = SQUASH[squash](outputs)  # [B, C]
         right = jnp.take_along_axis(s, targets[..., None], axis=-1)  # [B, 1]

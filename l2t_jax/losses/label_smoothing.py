@@ -3,6 +3,7 @@
 import jax
 import optax
 
+from l2t_jax.losses.common import check_classes
 from l2t_jax.types import Array
 
 
@@ -15,7 +16,12 @@ def label_smoothing(outputs: Array, targets: Array, *, smoothing: float = 0.1) -
       smoothing: e in [0, 1].
     Returns:
       losses [B], in nats.
+    Raises:
+      ValueError: e is not in [0, 1]; or see `check_classes`.
     Source: Szegedy et al., CVPR 2016, section 7.
     """
+    if not 0 <= smoothing <= 1:
+        raise ValueError(f"label_smoothing smoothing={smoothing!r} is not a share: give a number in [0, 1].")
+    check_classes(outputs, targets)
     labels = optax.smooth_labels(jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype), smoothing)
     return optax.softmax_cross_entropy(outputs, labels)

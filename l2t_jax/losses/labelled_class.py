@@ -1,9 +1,12 @@
 """Losses of the labelled class's probability alone: p_y, p = softmax(z). All but focal and poly resist wrong labels."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import optax
 
+from l2t_jax.losses.common import check_classes
 from l2t_jax.types import Array
 
 
@@ -16,9 +19,13 @@ def focal(outputs: Array, targets: Array, *, gamma: float = 2.0) -> Array:
       gamma: at least 0, which is cross entropy.
     Returns:
       losses [B].
+    Raises:
+      ValueError: gamma is negative or not finite; or see `check_classes`.
     Source: Lin et al., ICCV 2017, Eq. 4, without its class weights. It is printed for two classes; p_y of a softmax
     in the place of theirs is the usual extension.
     """
+    if not 0 <= gamma < math.inf:
+        raise ValueError(f"focal gamma={gamma!r} is out of range: give a finite gamma >= 0.")
     log_p = _log_labelled(outputs, targets)
     # Through log(1 - p): for gamma < 2 a plain power has no finite second derivative at p = 1.
     wrong = jnp.maximum(-jnp.expm1(log_p), jnp.finfo(log_p.dtype).eps)
@@ -33,6 +40,8 @@ def mae(outputs: Array, targets: Array) -> Array:
       targets: classes y [B], int.
     Returns:
       losses [B] in [0, 2].
+    Raises:
+      ValueError: see `check_classes`.
     Source: Ghosh et al., AAAI 2017.
     """
     return -2 * jnp.expm1(_log_labelled(outputs, targets))
@@ -48,8 +57,15 @@ def sce(outputs: Array, targets: Array, *, alpha: float = 0.1, beta: float = 1.0
       log_zero: A < 0, what stands for log 0.
     Returns:
       losses [B].
+    Raises:
+      ValueError: A is not negative, or a weight is; or see `check_classes`.
     Source: Wang et al., ICCV 2019; the values are theirs for CIFAR-10.
     """
+    if not (0 <= alpha < math.inf and 0 <= beta < math.inf and -math.inf < log_zero < 0):
+        raise ValueError(
+            f"sce alpha={alpha!r}, beta={beta!r}, log_zero={log_zero!r} are out of range: give finite weights >= 0 and "
+            "a finite log_zero < 0."
+        )
     log_p = _log_labelled(outputs, targets)
     return -alpha * log_p + beta * log_zero * jnp.expm1(log_p)
 
@@ -63,8 +79,13 @@ def poly(outputs: Array, targets: Array, *, epsilon: float = 2.0) -> Array:
       epsilon: at least -1; 0 is cross entropy.
     Returns:
       losses [B].
+    Raises:
+      ValueError: epsilon is below -1 or not finite; or see `check_classes`.
     Source: Leng et al., ICLR 2022; epsilon = 2 is their value for ImageNet.
     """
+    if not -1 <= epsilon < math.inf:
+        raise ValueError(f"poly epsilon={epsilon!r} is out of range: give a finite epsilon >= -1.")
+    check_classes(outputs, targets)
     labels = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
     return optax.losses.poly_loss_cross_entropy(outputs, labels, epsilon=epsilon)
 
@@ -79,7 +100,7 @@ def taylor_ce(outputs: Array, targets: Array, *, order: int = 2) -> Array:
     Returns:
       losses [B].
     Raises:
-      ValueError: the order is no integer of at least 1.
+      ValueError: the order is no integer of at least 1; or see `check_classes`.
     Source: Feng et al., IJCAI 2020.
     """
     if not isinstance(order, int) or order < 1:
@@ -92,4 +113,5 @@ def taylor_ce(outputs: Array, targets: Array, *, order: int = 2) -> Array:
 
 
 def _log_labelled(outputs: Array, targets: Array) -> Array:
+    check_classes(outputs, targets)
     return jnp.take_along_axis(jax.nn.log_softmax(outputs), targets[..., None], axis=-1)[..., 0]

@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Head, Key, Loss, PyTree
 
@@ -58,6 +58,7 @@ def large_margin_softmax(
         return {"lambda": jnp.maximum(params["lambda"] * decay.astype(params["lambda"].dtype), lambda_min)}
 
     def losses_of(params: PyTree, outputs: Head, targets: Array) -> Array:
+        check_classes(outputs, targets)
         features = outputs.features
         column = outputs.kernel.T[targets]  # [B, F]
         plain = jnp.sum(features * column, axis=-1)  # [B]

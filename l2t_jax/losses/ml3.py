@@ -5,7 +5,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.losses.perceptron import init_layers, run_layers
 from l2t_jax.types import Array, Key, Loss, PyTree
 
@@ -26,6 +26,7 @@ def ml3() -> Loss:
         return init_layers(key, SIZES, lambda fan_in, fan_out: math.sqrt(6 / (fan_in + fan_out)), bias=False)
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        check_classes(outputs, targets)
         labels = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
         pairs = jnp.stack([jax.nn.softmax(outputs), labels], axis=-1)  # [B, C, 2]
         return jnp.sum(jax.nn.softplus(run_layers(params, pairs)[..., 0]), axis=-1)

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree, unscheduled
 
 FORMS = ("both_sides", "wrong_only")
@@ -38,6 +38,7 @@ def smooth_zero_one(*, k: float | None = None, form: str = "both_sides") -> Loss
         return {"k": params["k"] * (RATE**part).astype(params["k"].dtype)}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        check_classes(outputs, targets)
         return smooth_mistake(outputs, targets, params["k"].astype(outputs.dtype), form)
 
     return make_loss(losses_of, init=init, at=raised if k is None else unscheduled, learned="no")

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import make_loss
+from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 START = (0.0, 1.0, 0.0, 0.0, 0.0, 1.0, -1.0, 0.0)  # theta_0 .. theta_7
@@ -25,6 +25,7 @@ def taylor_glo() -> Loss:
         return jnp.asarray(START)
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
+        check_classes(outputs, targets)
         labels = jax.nn.one_hot(targets, outputs.shape[-1], dtype=outputs.dtype)
         return -jnp.mean(polynomial(params, labels, jax.nn.softmax(outputs)), axis=-1)
 

@@ -192,7 +192,12 @@ def several(method: Method, rounds: int) -> Method:
     """Take K rounds of a method as one, each with its own data: for methods that look ahead one step at a time.
 
     Its metrics are means over the K rounds; what is finite is so in all of them.
+
+    Raises:
+      ValueError: there are no rounds to take as one.
     """
+    if not isinstance(rounds, int) or rounds < 1:
+        raise ValueError(f"several rounds={rounds!r} is not a positive integer: give at least 1.")
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
         apart = lambda x: x.reshape(rounds, method.stages, *x.shape[1:])  # noqa: E731

@@ -11,6 +11,7 @@ import optax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import (
     Array,
     Batch,
@@ -80,7 +81,8 @@ def l2t_dln(
     Raises:
       ValueError: an unknown `second_stage`, `reset_memory`, `accept` or `memory`; "not_worse" with "continue", whose
         stages are not of the same batches; a loss that no teacher can rewrite: without parameters, with a schedule, or
-        with parameters that are learned otherwise; a round whose data have another number of stages.
+        with parameters that are learned otherwise; an optimizer that is none; a round whose data have
+        another number of stages.
     Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
     teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
     """
@@ -94,6 +96,7 @@ def l2t_dln(
     if accept == "not_worse" and second_stage == "continue":
         raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
     _check_loss(loss)
+    check_optimizer(teacher_optimizer, "the teacher's optimizer")
     stages = STAGES[second_stage]
     inner = inner_objective(student, task, loss, axis_name=axis_name)
     outer = outer_objective(student, task, axis_name=axis_name)
@@ -132,7 +135,7 @@ def l2t_dln(
         if learn and jax.tree.leaves(tau):
             second = differentiate(phi, theta, *stage(batches, -1, stages))  # D
             (tau_gradient,) = pull(second.gradient)  # E
-            update, adam = teacher_optimizer.update(tau_gradient, adam, tau)
+            update, adam = update_with(teacher_optimizer, tau_gradient, adam, tau, "the teacher's optimizer")
             tau = optax.apply_updates(tau, update)  # F
         else:
             second = only_train(phi, theta, *stage(batches, -1, stages))

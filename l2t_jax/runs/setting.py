@@ -1,6 +1,7 @@
 """What the entries of an experiment share: data, student, task, schedule, layout."""
 
 import dataclasses
+import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -108,13 +109,21 @@ def build_entries(methods: Sequence[str], parts: Parts, elsewhere: bool = False)
 
 def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:
     """The student that the flags describe, once it is sure to fit the data set's images."""
-    knobs: dict[str, Any] = {} if config.width is None else {"width": config.width}
-    if config.student.startswith("resnet"):
-        knobs |= {"shortcut": config.shortcut, "head_grid": config.head_grid, "axis_name": axis_name}
-    elif (config.shortcut, config.head_grid) != ("a", 1):
-        raise UsageError(f"--shortcut and --head_grid are of the ResNets; --student={config.student} has neither.")
+    build = STUDENTS[config.student]
+    parameters = inspect.signature(build).parameters
+    given: dict[str, Any] = {"width": config.width, "shortcut": config.shortcut, "head_grid": config.head_grid}
+    default = {"width": None, "shortcut": "a", "head_grid": 1}
+    asked = {name: value for name, value in given.items() if value != default[name]}
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for name, value in asked.items():
+        if name not in parameters and not takes_all:
+            has = ", ".join(f"--{other}" for other in given if other in parameters) or "none of these knobs"
+            raise UsageError(
+                f"--{name}={value} is no knob of --student={config.student}, which has {has}: leave it out."
+            )
+    knobs = asked | ({"axis_name": axis_name} if "axis_name" in parameters else {})
     try:
-        student = STUDENTS[config.student](num_classes=dataset.num_classes, **knobs)
+        student = build(num_classes=dataset.num_classes, **knobs)
         jax.eval_shape(student.init, jax.random.key(0), example_inputs(dataset))
     except ValueError as error:
         raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error

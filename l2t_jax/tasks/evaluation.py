@@ -5,6 +5,7 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.inputs import as_arrays
 from l2t_jax.types import Array, Batch, PyTree, Student, Task
 from l2t_jax.unroll import each_example, errors_of, examples_of
 
@@ -26,18 +27,38 @@ def evaluate(
 
     Returns:
       {name: value} of `task.score`.
+
+    Raises:
+      ValueError: see `measure_all`.
     """
     return task.score(jax.device_get(measure_all(student, variables, data, task, batch_size)))
 
 
-@partial(jax.jit, static_argnames=("student", "task", "batch_size"))
 def measure_all(
     student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int = 1000
 ) -> PyTree:
     """What the task measures of all examples, leaves [n, ...]; it may be mapped over students.
 
     Compiled once for each student and task: keep these two. Arguments as of `evaluate`.
+
+    Raises:
+      ValueError: data hold no examples or leaves of different n, the batch size is no positive integer, variables have
+        not the two entries, or what is measured is not of each example.
     """
+    shapes = [jnp.shape(leaf) for leaf in jax.tree.leaves(as_arrays(data, "data"))]
+    sizes = {shape[0] if shape else 0 for shape in shapes}
+    if len(sizes) != 1 or 0 in sizes:
+        told = ", ".join(str(list(shape)) for shape in shapes) or "none"
+        raise ValueError(f"the leaves of data are {told}: expected [n, ...], with one n of at least 1.")
+    if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
+        raise ValueError(f"batch_size={batch_size!r} is not a positive integer: give batch_size at least 1.")
+    if missing := {"params", "batch_stats"} - set(variables):
+        raise ValueError(f"variables have no {sorted(missing)[0]!r}: give both, batch_stats {{}} without BatchNorm.")
+    return _measure_all(student, variables, data, task, batch_size)
+
+
+@partial(jax.jit, static_argnames=("student", "task", "batch_size"))
+def _measure_all(student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int) -> PyTree:
     n = jax.tree.leaves(data)[0].shape[0]
     batch_size = min(batch_size, n)
     steps = -(-n // batch_size)
@@ -45,7 +66,15 @@ def measure_all(
     measure = task.measure or partial(measure_errors, task)
 
     def measured(position: Array) -> PyTree:
-        return measure(student, variables, task.gather(data, position, None))
+        found = measure(student, variables, task.gather(data, position, None))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(found):
+            if jnp.shape(leaf)[:1] != position.shape:
+                name = jax.tree_util.keystr(path, simple=True, separator="/")
+                raise ValueError(
+                    f"the task's {name} is {list(jnp.shape(leaf))} for {len(position)} examples: expected one value "
+                    "for each, not reduced."
+                )
+        return found
 
     # The last batch is filled up with the last example.
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:n], jax.lax.map(measured, positions))

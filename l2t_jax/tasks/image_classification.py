@@ -6,9 +6,10 @@ Legend: B batch, C classes, n examples, H and W height and width in pixels, c ch
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from l2t_jax.data import Dataset
+from l2t_jax.losses import check_classes
+from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Batch, Key, PyTree, Task
 
 _PADDING = 4  # pixels on each side before the random crop
@@ -28,7 +29,8 @@ def image_classification(dataset: Dataset) -> Task:
       the labels were corrupted, "true": int32 [n]) at indices of any shape [...] into a batch of inputs
       [..., H, W, c] float32, targets [...] int32 and, if given, true targets [...]. With
       keys [...], and where the data set asks for it, every image is cropped and flipped at random, as in He et
-      al. 2016.
+      al. 2016. Its error and metrics raise a ValueError where outputs and targets are none of classes
+      (`losses.check_classes`).
     """
     mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
 
@@ -39,10 +41,11 @@ def image_classification(dataset: Dataset) -> Task:
         true = data["true"][indices] if "true" in data else ()
         return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
 
-    return Task(optax.softmax_cross_entropy_with_integer_labels, _metrics, gather)
+    return Task(cross_entropy, _metrics, gather)
 
 
 def _metrics(outputs: Array, targets: Array) -> dict[str, Array]:
+    check_classes(outputs, targets)
     return {"accuracy": (outputs.argmax(-1) == targets).astype(outputs.dtype)}
 
 

@@ -1,5 +1,7 @@
 """Teachers by name. Every builder takes gamma, the step size of the loss parameters, as first argument."""
 
+import inspect
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -27,7 +29,18 @@ def build_teacher(name: str, dln_lr: float, *, base: str = "none", **knobs: Any)
       dln_lr: gamma, for the teacher and for its base.
       base: an optax teacher that the LSTM corrects: the sum of both is the update; "none" for the LSTM alone.
       **knobs: of `coordinate_lstm`; an optax teacher has none.
+    Raises:
+      ValueError: an unknown name or base, a knob that this teacher has not, or a value that is out of range.
     """
+    for what, value in (("teacher", name), ("base", base)):
+        if value not in TEACHERS and (what, value) != ("base", "none"):
+            raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(TEACHERS)}.")
+    if isinstance(dln_lr, (int, float)) and not 0 <= dln_lr < math.inf:
+        raise ValueError(f"dln_lr={dln_lr} is not a finite number of at least 0: give gamma.")
+    try:
+        inspect.signature(TEACHERS[name]).bind(dln_lr, **knobs)
+    except TypeError as error:
+        raise ValueError(f"teacher {name!r} with {knobs}: {error}. See the arguments of its builder.") from error
     teacher = TEACHERS[name](dln_lr, **knobs)
     return teacher if base == "none" else sum_of(TEACHERS[base](dln_lr), teacher)
 

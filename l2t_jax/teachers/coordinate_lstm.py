@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from l2t_jax.inputs import check_floats, check_like
 from l2t_jax.types import Array, Key, PyTree, Teacher
 
 UNITS = (64, 64, 64, 1)
@@ -62,11 +63,18 @@ def coordinate_lstm(
     Returns:
       a `Teacher` whose memory holds a hidden and a cell state for every coordinate and, with a window, its age.
     Raises:
-      ValueError: the window is negative.
+      ValueError: an argument is out of its range; when called, the hypergradient is not like the loss parameters, or
+        memory or parameters are those of a teacher of other loss parameters or other arguments.
     Source: L2T-DLN (NeurIPS 2023) Eq. 3 and 5.1; coordinate-wise after Andrychowicz et al. 2016. The paper does not
     mention preprocessing; the released code has it with p = 10. The output is the last layer's hidden state.
     """
-    if window < 0:
+    if isinstance(dln_lr, (int, float, str)) and not (not isinstance(dln_lr, str) and 0 <= dln_lr < math.inf):
+        raise ValueError(f"dln_lr={dln_lr!r} is not a finite number of at least 0: give gamma.")
+    if update_sign not in (-1, 1):
+        raise ValueError(f"update_sign={update_sign!r} is no sign: give 1 or -1.")
+    if preprocess is not None and not 0 < preprocess < math.inf:
+        raise ValueError(f"preprocess={preprocess!r} is not a positive, finite number: give p, or None for none.")
+    if not isinstance(window, int) or window < 0:
         raise ValueError(f"a window of {window} rounds is none: give at least 1, or 0 to clear no memory.")
     features = 1 if preprocess is None else 2
 
@@ -74,12 +82,19 @@ def coordinate_lstm(
         cells = init_cells(key, features)
         return (*cells[:-1], silenced(cells[-1])) if silent else cells
 
-    def memory(loss_params: PyTree) -> PyTree:
+    def memory_of(loss_params: PyTree) -> PyTree:
         flat, _ = ravel_pytree(loss_params)
         states = (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
         return Aged(states, jnp.int32(0)) if window else states
 
     def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
+        check_like(loss_params, hypergradient, "the hypergradient", "the loss parameters")
+        check_floats(hypergradient, "the hypergradient")
+        expected = jax.eval_shape(memory_of, loss_params)
+        check_like(
+            expected, memory, "the teacher's memory", "what `memory` gives for these loss parameters and arguments"
+        )
+        check_like(jax.eval_shape(init, jax.random.key(0)), params, "the teacher's parameters", "what `init` gives")
         if window:
             kept = memory.age % window > 0
             states = jax.tree.map(lambda x: jnp.where(kept, x, 0), memory.states)
@@ -97,7 +112,7 @@ def coordinate_lstm(
             output, memory = run_cells(params, memory, features_of(flat, preprocess))
         return unravel(update_sign * dln_lr * output), memory
 
-    return Teacher(init=init, memory=memory, update=update)
+    return Teacher(init=init, memory=memory_of, update=update)
 
 
 def init_cells(key: Key, features: int) -> tuple[Cell, ...]:

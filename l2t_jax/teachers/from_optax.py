@@ -1,7 +1,10 @@
 """Any optax transformation is a teacher without parameters."""
 
+import jax
 import optax
 
+from l2t_jax.inputs import check_like
+from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import Key, PyTree, Teacher
 
 
@@ -11,12 +14,19 @@ def from_optax(optimizer: optax.GradientTransformation) -> Teacher:
     Args:
       optimizer: e.g. `optax.adam(1e-3)`; its learning rate is gamma, its state is the teacher's memory.
     Returns:
-      a `Teacher` with parameters `{}`, so there is nothing for the teacher's own learning to change.
+      a `Teacher` with parameters `{}`, so there is nothing for the teacher's own learning to change: no method
+      differentiates its update, and Adam needs no `eps_root` here.
+    Raises:
+      ValueError: this is no optax transformation; when called, the hypergradient is not like the loss parameters, the
+        memory is not of these, or the transformation wants more than a gradient.
     Source: L2T-DLN (NeurIPS 2023), Table 6, which compares Adam, SGD and RMSProp with the LSTM.
     """
+    check_optimizer(optimizer, "the teacher")
 
     def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
-        return optimizer.update(hypergradient, memory, loss_params)
+        check_like(loss_params, hypergradient, "the hypergradient", "the loss parameters")
+        check_like(jax.eval_shape(optimizer.init, loss_params), memory, "the teacher's memory", "what `memory` gives")
+        return update_with(optimizer, hypergradient, memory, loss_params, "the teacher")
 
     def init(key: Key) -> PyTree:
         return {}

@@ -13,8 +13,13 @@ def sum_of(*teachers: Teacher) -> Teacher:
         Adam and learn what to add to it.
     Returns:
       a `Teacher` whose parameters and memory are tuples, an entry for each.
+    Raises:
+      ValueError: there is no teacher, or one is none; when called, parameters or memory have not an entry for each.
     Source: ours; not in the paper.
     """
+    if not teachers or not all(isinstance(teacher, Teacher) for teacher in teachers):
+        kinds = ", ".join(type(teacher).__name__ for teacher in teachers) or "none"
+        raise ValueError(f"sum_of is given {kinds}: expected one or more teachers; from_optax makes one of optax's.")
 
     def init(key: Key) -> PyTree:
         keys = jax.random.split(key, len(teachers))
@@ -24,6 +29,9 @@ def sum_of(*teachers: Teacher) -> Teacher:
         return tuple(teacher.memory(loss_params) for teacher in teachers)
 
     def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
+        for what, given in (("parameters", params), ("memory", memory)):
+            if not isinstance(given, tuple) or len(given) != len(teachers):
+                raise ValueError(f"the {what} of a sum of teachers must be a tuple of {len(teachers)}: see `sum_of`.")
         updates, memories = zip(
             *(
                 teacher.update(own, kept, hypergradient, loss_params)
