@@ -5,8 +5,10 @@ The argument says of what: batches or seeds.
 Simulated devices must be there before JAX starts, and they change the thread pool of all that runs beside them.
 """
 
+import gc
 import json
 import sys
+import time
 from functools import lru_cache
 
 import jax
@@ -23,8 +25,14 @@ from l2t_jax.runs.parallel import AXIS, ONE, Layout
 from l2t_jax.students import from_linen
 
 ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64
+SEEDS = Layout(1, 3, "seeds")  # each on a device of its own
 CASES = [*((memory, 2) for memory in MEMORY_MODES), ("save", 4)]  # memory mode, devices
 SCHEDULE = training.Schedule(9, N, B, V, 0.5, EXAMPLES, 2)
+
+
+def say(what):
+    """A sign of life: who waits sees that it gets on."""
+    print(f"{time.process_time():.1f} s: {what}", file=sys.stderr, flush=True)
 
 
 def noisy_gather(data, indices, keys):
@@ -65,6 +73,7 @@ compiled_once = lru_cache(compiled)
 
 def run(memory, layout, seeds=(0,), counts=None, build=compiled_once):
     """Some rounds of each seed: its state, and its metrics."""
+    say(f"{memory}, {layout}")
     program = build(memory, layout)
     states = program.place([state(memory, seed) for seed in seeds])
     counts = counts or [ROUNDS] * len(seeds)
@@ -118,6 +127,8 @@ def batches():
         "agree": {
             f"{memory}, {d} devices": compare(run(memory, Layout(1, d, "batch"))[0], reference) for memory, d in CASES
         },
+        **seeds(Layout(3)),
+        "unequal": unequal(),
         "together": compare(run("save", Layout(2, 2, "batch"), (3, 0))[1], reference),
         "canaries": {
             "psum of the hypergradient": canary(hypergradient, lambda axis, tree: jax.lax.psum(tree, AXIS)),
@@ -128,52 +139,60 @@ def batches():
     }
 
 
+@lru_cache(1)
+def marked_problem():
+    """phi, the student's state, the batches, and the hypergradient on one device."""
+    student, loss, optimizer = from_linen(toy.Network()), toy.small_loss(), optax.sgd(0.1, momentum=0.9)
+    given = toy.to_x64(
+        (
+            loss.init(jax.random.key(1)),
+            unroll.init_state(student.init(jax.random.key(0), jnp.zeros((2, 5))), optimizer),
+            toy.batch(2, N, B),
+            toy.batch(3, V),
+        )
+    )
+    inner, outer = unroll.inner_objective(student, toy.task, loss), unroll.outer_objective(student, toy.task)
+    return given, jax.jit(hypergradient.hypergradient(inner, outer, optimizer, memory="save"))(*given).gradient
+
+
 def marked(memory):
     """A hypergradient under a `jax.shard_map` that checks what varies, phi and state marked, against one device."""
+    say(f"{memory}, marked")
     student, loss = from_linen(toy.Network(AXIS)), toy.small_loss()
     optimizer = optax.sgd(0.1, momentum=0.9)
     inner, outer = unroll.inner_objective(student, toy.task, loss), unroll.outer_objective(student, toy.task)
-    phi, start, (train, validation) = toy.to_x64(
-        (
-            loss.init(jax.random.key(1)),
-            unroll.init_state(from_linen(toy.Network()).init(jax.random.key(0), jnp.zeros((2, 5))), optimizer),
-            (toy.batch(2, N, B), toy.batch(3, V)),
-        )
-    )
 
     def local(*given):
         phi, start = jax.tree.map(lambda x: jax.lax.pcast(x, AXIS, to="varying"), given[:2])
         compute = hypergradient.hypergradient(inner, outer, optimizer, memory=memory, axis_name=AXIS)
         return compute(phi, start, *given[2:]).gradient
 
-    alone = from_linen(toy.Network())
-    inner_alone, outer_alone = unroll.inner_objective(alone, toy.task, loss), unroll.outer_objective(alone, toy.task)
-    whole = hypergradient.hypergradient(inner_alone, outer_alone, optimizer, memory="save")
     mesh = jax.sharding.Mesh(np.array(jax.devices()[:2]), (AXIS,))
     nothing, split = jax.sharding.PartitionSpec(), jax.sharding.PartitionSpec(AXIS)
     specs = nothing, nothing, jax.sharding.PartitionSpec(None, AXIS), split
     divided = jax.jit(jax.shard_map(local, mesh=mesh, in_specs=specs, out_specs=nothing))
-    return apart(divided(phi, start, train, validation), jax.jit(whole)(phi, start, train, validation).gradient)
+    given, whole = marked_problem()
+    return apart(divided(*given), whole)
 
 
-def seeds():
-    """Seeds side by side and on devices of their own against single runs."""
+def seeds(layout=SEEDS):
+    """Seeds against single runs."""
     others = [run("save", ONE, (seed,))[0] for seed in range(3)]
-    out = {}
-    for name, layout in (("vmap", Layout(3)), ("devices", Layout(1, 3, "seeds"))):
-        several = run("save", layout, range(3))
-        out[name] = [compare(a, b) for a, b in zip(several, others, strict=True)]
-    # Side by side and on devices, of unequal length, and one place empty.
+    return {"seeds": [compare(a, b) for a, b in zip(run("save", layout, range(3)), others, strict=True)]}
+
+
+def unequal():
+    """Seeds side by side and on devices, of unequal length, and one place empty."""
     some = run("save", Layout(2, 2, "seeds"), (0, 1, 2), counts=[2, 1, 0])
-    out["unequal"] = [
-        apart(some[0][0], others[0][0]),
+    return [
+        apart(some[0][0], run("save", ONE)[0][0]),
         apart(some[1][0], run("save", ONE, (1,), counts=[1])[0][0]),
         apart(some[2][0], state("save", 2)),
     ]
-    return out
 
 
 if __name__ == "__main__":
+    gc.set_threshold(50_000, 10, 10)  # as in conftest.py
     jax.config.update("jax_enable_x64", True)
     parallel.start(4)
     found = {"batches": batches, "seeds": seeds}[sys.argv[1]]()

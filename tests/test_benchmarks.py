@@ -2,7 +2,6 @@
 
 import io
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from launching import execute
 from rich.console import Console
 
 from benchmarks import hypergradient_cost, operations, peers, scaling, worker
@@ -78,15 +78,11 @@ def test_rows_of_a_measurement(fake):
 
 
 def test_a_worker_that_dies_is_one_line_and_the_rest_goes_on(fake, capfd):
-    for python, words in ((fake(0), "out of memory"), ("false", "no last words")):
-        rows = measure("w3", 1, ["save"], 2, ["higher"], python)
-        assert [row["program"] for row in rows] == ["plain steps", "save"]
+    for python, modes, words in ((fake(0), ["save"], "out of memory"), ("false", [], "no last words")):
+        rows = measure("w3", 1, modes, 5, ["higher"], python, seconds=0.0)
+        assert [row["program"] for row in rows] == ["plain steps", *modes]
+        assert all(len(row["seconds_all"]) == 3 for row in rows)  # as many as there are before the budget counts
         assert capfd.readouterr().err == f"warning: w3, N = 1: higher ended with 1: {words}\n"
-
-
-def test_the_budget_ends_a_measurement_after_three_repeats():
-    (row, _) = measure("w3", 1, ["save"], 5, seconds=0.0)
-    assert len(row["seconds_all"]) == 3
 
 
 def test_several_seeds_at_once():
@@ -174,7 +170,7 @@ def test_worker_says_what_programs_lack():
 
 def test_worker_needs_no_jax():
     code = "import sys, benchmarks.worker; print([m for m in ('jax', 'l2t_jax', 'torch', 'absl') if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
+    done = execute([sys.executable, "-c", code], check=True, cwd=ROOT)
     assert done.stdout.strip() == "[]"
 
 
@@ -280,14 +276,20 @@ def test_operations_finds_the_convolutions_of_a_step():
 
 
 def test_scaling(tmp_path):
-    """In a process of its own, since devices are simulated from the start of one."""
+    """In a process of its own, since devices are simulated from the start of one; their numbers: test_parallel.py."""
     path = tmp_path / "record.json"
     flags = ["--devices=1,2", "--seeds=1", "--unroll_length=1", "--rounds=1", "--repeats=1", f"--out={path}"]
-    code = """import importlib, sys
-importlib.import_module("l2t_jax.teachers.coordinate_lstm").UNITS = (8, 1)  # compiled sooner
-from benchmarks import scaling; scaling.main(sys.argv)"""
-    done = subprocess.run([sys.executable, "-c", code, *flags], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    # Traced and compiled sooner: a small student, SGD in place of the LSTM, a given memory mode.
+    code = """import sys
+from functools import partial
+from benchmarks import scaling, workloads
+from l2t_jax.students import STUDENTS
+from l2t_jax.teachers import TEACHERS
+student = STUDENTS["mlp"](num_classes=10, width=4)
+workloads.WORKLOADS["w3"] = workloads.WORKLOADS["w3"]._replace(student=lambda _: student, shape=(4, 4, 1))
+scaling.teaching = partial(scaling.teaching, teacher=TEACHERS["sgd"](1e-3), memory="save")
+scaling.main(sys.argv)"""
+    done = execute([sys.executable, "-c", code, *flags], check=True, cwd=ROOT)
     record = json.loads(path.read_text())
     assert set(record) == {"rows", "command", "environment"}
     labels = ["one", "batches over 2 devices", "2 seeds on 2 devices", "pmap of one"]

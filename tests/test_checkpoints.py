@@ -1,9 +1,6 @@
 """Checkpoints come back bit for bit, or an older one does and the reason is told."""
 
-import os
 import re
-import signal
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -13,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import Child, execute, finished, until
 
 from l2t_jax.runs.checkpoints import CheckpointError, Checkpoints, digest, main
 
@@ -223,12 +221,11 @@ while True:
 
 def killed_while_saving(directory: Path, saves: int, delay: float) -> int:
     """The last step that a process killed during its saves had reported as saved."""
-    with subprocess.Popen([sys.executable, "-c", LOOP, str(directory)], stdout=subprocess.PIPE, text=True) as process:
-        assert process.stdout is not None
-        lines = [process.stdout.readline() for _ in range(saves)]
+    with Child([sys.executable, "-c", LOOP, str(directory)]) as child:
+        assert until(lambda: child.said[0].count("\n") >= saves, child), child.said
         time.sleep(delay)
-        os.kill(process.pid, signal.SIGKILL)
-        return int([*lines, *process.stdout.read().split()][-1])
+        child.process.kill()
+        return int(finished(child)[0][0].split()[-1])
 
 
 def test_a_kill_loses_nothing_that_was_saved(tmp_path: Path) -> None:
@@ -243,7 +240,7 @@ def test_a_kill_loses_nothing_that_was_saved(tmp_path: Path) -> None:
 
 def test_a_process_ends_without_closing(tmp_path: Path) -> None:
     code = "from l2t_jax.runs.checkpoints import *; Checkpoints(sys.argv[1]).save(0, {'a': np.ones(2)}, {})"
-    done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=60)
+    done = execute([sys.executable, "-c", code, str(tmp_path)])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 

@@ -39,9 +39,8 @@ def batches_of(round, stages):
 
 def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
     teacher = coordinate_lstm(GAMMA) if teacher is None else teacher
-    method = l2t_dln(
-        toy.student, toy.task, toy.small_loss(), teacher, SGD, teacher_optimizer, second_stage=second_stage, **knobs
-    )
+    knobs = {"second_stage": second_stage, "memory": "save"} | knobs  # auto would trace each mode to choose one
+    method = l2t_dln(toy.student, toy.task, toy.small_loss(), teacher, SGD, teacher_optimizer, **knobs)
     return method, method.init(jax.random.key(0), jnp.zeros((2, 5)))
 
 
@@ -72,10 +71,10 @@ def reference(second_stage, tau, state, flow):
 @pytest.mark.parametrize("second_stage", ["continue"])  # the other is compared with the VJP below
 def test_teacher_gradient_has_exactly_the_constants_of_eq_8(second_stage, x64):
     method, state = build(second_stage)
-    stages = STAGES[second_stage]
+    stages, run = STAGES[second_stage], jax.jit(method.round)
     tau = state.teacher
-    after, _ = jax.jit(method.round)(state, batches_of(0, stages))
-    after, _ = jax.jit(method.round)(after, batches_of(1, stages))
+    after, _ = run(state, batches_of(0, stages))
+    after, _ = run(after, batches_of(1, stages))
     ours = after.optimizer_state
     constants = dict.fromkeys(("input", "h", "phi", "theta"), 0.0)
     gradient = jax.jit(jax.grad(lambda tau, flow: reference(second_stage, tau, state, flow)))
@@ -96,12 +95,17 @@ def test_teacher_gradient_is_gamma_times_the_vjp(second_stage, x64):
     inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     differentiate = hypergradient(inner, outer, SGD, memory="remat")
     data = [jax.tree.map(lambda x, s=s: x[s], (b.train, b.validation)) for s in (0, -1)]
-    first = differentiate(state.loss, state.student, *data[0])
     unit = coordinate_lstm(1.0)  # g itself
-    g, pull = jax.vjp(lambda tau: unit.update(tau, state.memory, first.gradient, state.loss)[0], state.teacher)
-    phi = jax.tree.map(lambda p, g: p + GAMMA * g, state.loss, g)
-    second = differentiate(phi, first.state if second_stage == "continue" else state.student, *data[1])
-    expected = optax.tree.scale(GAMMA, pull(second.gradient)[0])
+
+    @jax.jit
+    def written_out(state, data):
+        first = differentiate(state.loss, state.student, *data[0])
+        g, pull = jax.vjp(lambda tau: unit.update(tau, state.memory, first.gradient, state.loss)[0], state.teacher)
+        phi = jax.tree.map(lambda p, g: p + GAMMA * g, state.loss, g)
+        second = differentiate(phi, first.state if second_stage == "continue" else state.student, *data[1])
+        return phi, second, optax.tree.scale(GAMMA, pull(second.gradient)[0])
+
+    phi, second, expected = written_out(state, data)
     chex.assert_trees_all_close(after.loss, phi, rtol=1e-12)
     chex.assert_trees_all_close(after.optimizer_state, expected, rtol=1e-9, atol=1e-15)
     # BatchNorm and momentum: stage two's only. The bias before BatchNorm has no gradient but rounding: hence atol.
@@ -175,7 +179,7 @@ def test_frozen_teacher_teaches_the_same_and_stays(second_stage):
 
 def test_memory_is_reset_at_an_epoch_only_if_asked():
     for reset_memory, forgets in (("epoch", True), ("never", False)):
-        method, state = build("restart", teacher=toy.teacher, reset_memory=reset_memory)
+        method, state = build("restart", teacher=toy.teacher, reset_memory=reset_memory, learn=False)
         run, b = jax.jit(method.round), batches_of(1, 1)
         state, _ = run(state, batches_of(0, 1))
         forgotten = state._replace(memory=jax.tree.map(jnp.zeros_like, state.memory))
@@ -193,7 +197,7 @@ def test_optax_teacher_descends_the_hypergradient():
     after, metrics = jax.jit(method.round)(state, batches_of(0, 1))
     inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     one = jax.tree.map(lambda x: x[0], batches_of(0, 1)[:2])
-    d = hypergradient(inner, outer, SGD)(state.loss, state.student, *one).gradient
+    d = jax.jit(hypergradient(inner, outer, SGD, memory="save"))(state.loss, state.student, *one).gradient
     chex.assert_trees_all_close(after.loss, jax.tree.map(lambda p, g: p - GAMMA * g, state.loss, d), rtol=1e-5)
     assert after.teacher == {} and metrics["teacher_gradient_norm"] == 0
 
@@ -238,10 +242,8 @@ def test_on_validation_is_training_on_the_meta_set():
 
 def test_several_rounds_as_one_are_those_rounds(x64):
     """Each with its own data, in order; metrics are means, and one round that fails is one that all fail."""
-    method = l2t_dln(
-        toy.student, toy.task, toy.small_loss(), TEACHERS["sgd"](GAMMA), SGD, optax.identity(), second_stage="restart"
-    )
-    start = toy.to_x64(method.init(jax.random.key(0), jnp.zeros((2, 5))))
+    method, start = build("restart", optax.identity(), TEACHERS["sgd"](GAMMA))
+    start = toy.to_x64(start)
     train, validation = toy.to_x64((toy.batch(0, 3, 1, 6), toy.batch(1, 3, 7)))
     together = several(method, 3)
     assert (together.stages, together.steps_per_round) == (3, 3)
@@ -261,8 +263,8 @@ def test_several_rounds_as_one_are_those_rounds(x64):
 
 def test_pull_is_the_slope_of_the_loss_in_use(x64):
     """Of each example by itself, with the DLN as it is and batch statistics in BatchNorm."""
-    method = l2t_dln(toy.student, toy.task, toy.small_loss(), TEACHERS["sgd"](GAMMA), SGD, optax.identity())
-    state = toy.to_x64(method.init(jax.random.key(0), jnp.zeros((2, 5))))
+    method, state = build("restart", optax.identity(), TEACHERS["sgd"](GAMMA))
+    state = toy.to_x64(state)
     batch = toy.to_x64(toy.batch(0, 6))
     outputs, _ = toy.student.apply(state.student.variables, batch.inputs, True)
     alone = lambda z, y: toy.small_loss().apply(state.loss, z[None], y[None])[0]  # noqa: E731

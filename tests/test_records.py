@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from launching import Child, execute, until
 
 import l2t_jax
 from l2t_jax.runs import records
@@ -204,18 +205,14 @@ sys.stdin.read()
 
 def test_two_processes_cannot_share_a_run(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLD, str(tmp_path)]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True) as process:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "open\n"
+    with Child(command, stdin=subprocess.PIPE) as child:
+        assert until(lambda: child.said[0] == "open\n", child)
         message = refused(tmp_path, {"a": 1}, resume=True)
-        assert message.startswith(f"{tmp_path} is in use by process {process.pid}")
-        process.kill()
+        assert message.startswith(f"{tmp_path} is in use by process {child.process.pid}")
     run = open_run(tmp_path, {"a": 1}, resume=True)
-    second = subprocess.run(command, input="", capture_output=True, text=True)
-    assert "WorkdirError" in second.stderr
+    assert "WorkdirError" in execute(command, stdin=subprocess.DEVNULL).stderr
     run.close()
-    assert subprocess.run(command, input="", capture_output=True, text=True).stdout == "open\n"
+    assert execute(command, stdin=subprocess.DEVNULL).stdout == "open\n"
 
 
 def test_a_refused_directory_is_not_locked(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from experiments import figures, study
 from l2t_jax.runs import study_pictures
 
 SMALL = ("--rounds=2", "--unroll_length=2", "--width=8", "--seeds=2", "--teacher=sgd", "--dln_lr=3.0")
+SMALL += ("--memory=save",)  # auto would trace each mode to choose one
 
 
 @pytest.fixture(scope="module")

@@ -15,6 +15,7 @@ from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.attention import init_attention
 
 SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--preset=released")
+SMALL += ("--memory=save",)  # auto would trace each mode to choose one
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +83,7 @@ def test_what_does_not_fit_is_told(trained, five_classes, tmp_path, capsys):
 @pytest.mark.usefixtures("small_lstm")
 def test_a_teacher_of_several_lives_is_judged_by_a_student_of_one(tmp_path):
     """Every student, also the frozen teacher's, has the rounds of the run; the teacher has learned in all lives."""
-    small = ("--rounds=2", "--unroll_length=2", "--width=8", "--method=l2t_dln", "--preset=released", "--set=lives=3")
+    small = (*SMALL, "--rounds=2", "--seeds=1", "--method=l2t_dln", "--set=lives=3")
     workdir = tmp_path / "run"
     assert launch(classification, *small, f"--workdir={workdir}") == 0
     methods = json.loads((workdir / "summary.json").read_text())["methods"]

@@ -92,6 +92,8 @@ def unroll_lengths(tmp_path_factory):
             "--width=8",
             "--seeds=2",
             "--teacher=sgd",
+            "--memory=save",
+            "--preset=residual",  # of a constant rate: the cells share programs
         )
         assert launch(ablations, *arguments, f"--workdir={workdir}") == 0
     return workdir
