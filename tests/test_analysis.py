@@ -81,6 +81,7 @@ def test_a_sweep_is_the_matrix_of_the_analysis():
         expected = jnp.linalg.solve(m, g @ expected)
 
 
+@pytest.mark.versions
 def test_the_hessian_of_pytrees():
     """Of an objective that is not a quadratic, at a point where every entry is known by hand."""
     h, first = analysis.hessian(saddle, *at(2.0, 3.0))
@@ -130,6 +131,7 @@ def test_escape_from_a_strict_saddle():
     assert (np.diff(values) <= 1e-15).all() and values[0] == pytest.approx(0.5) and values[-1] < 1e-12
 
 
+@pytest.mark.versions
 def test_lanczos_finds_what_the_whole_hessian_has():
     """On the validation error of a taught student: second derivatives through its steps."""
 

@@ -135,6 +135,7 @@ def test_each_flag_by_itself(name, linear_student):
         assert said.startswith("error: ") and said.count("\n") == 1 and re.search(rf"\b{name}\b", said), (value, said)
 
 
+@pytest.mark.versions
 @settings(many, max_examples=80)
 @given(st.lists(GOOD_FLAGS, max_size=2, unique=True), STRANGE)
 def test_flags_together(good, bad):

@@ -66,6 +66,7 @@ def assert_same(left: Any, right: Any) -> None:
     assert digest(left) == digest(right)
 
 
+@pytest.mark.versions
 def test_round_trip_is_bit_exact(saved: Checkpoints) -> None:
     restored = saved.restore(state())
     assert (restored.step, restored.info, restored.skipped) == (3, {"round": 3}, [])
@@ -76,6 +77,7 @@ def test_round_trip_is_bit_exact(saved: Checkpoints) -> None:
     assert jnp.array_equal(jax.random.normal(restored.state["key"], (2,)), jax.random.normal(jax.random.key(7), (2,)))
 
 
+@pytest.mark.versions
 def test_shapes_are_enough_to_restore(tmp_path: Path) -> None:
     tree = {name: leaf for name, leaf in state().items() if name != "host"}
     checkpoints = Checkpoints(tmp_path)
@@ -87,12 +89,14 @@ def test_nothing_there(tmp_path: Path) -> None:
     assert Checkpoints(tmp_path).restore(state()) == (None, None, None, [])
 
 
+@pytest.mark.versions
 def test_a_state_without_arrays(tmp_path: Path) -> None:
     checkpoints = Checkpoints(tmp_path)
     checkpoints.save(0, {"loss": {}, "empty": jnp.zeros((0,))}, {})
     assert checkpoints.restore({"loss": {}, "empty": jnp.zeros((0,))}).step == 0
 
 
+@pytest.mark.versions
 def test_oldest_are_dropped_and_reopening_goes_on(saved: Checkpoints) -> None:
     saved.save(4, state(4), {})
     saved.close()
@@ -108,6 +112,7 @@ def test_saving_a_step_that_is_there_is_an_error(saved: Checkpoints, step: int) 
         saved.save(step, state(), {})
 
 
+@pytest.mark.versions
 def test_what_cannot_be_stored_is_an_error(saved: Checkpoints) -> None:
     with pytest.raises(CheckpointError, match="Step 4 was not saved"):
         saved.save(4, {"name": np.array("text")}, {})
@@ -117,6 +122,7 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("damage", [flip_bit, truncate, Path.unlink])
 def test_damage_falls_back_and_the_step_can_be_saved_again(
     saved: Checkpoints, damage: Any, capfd: pytest.CaptureFixture[str]
@@ -162,6 +168,7 @@ def test_all_damaged(saved: Checkpoints) -> None:
     assert saved.restore(state()).step == 1
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("name", "leaf", "message"),
     [
@@ -238,12 +245,14 @@ def test_a_kill_loses_nothing_that_was_saved(tmp_path: Path) -> None:
         assert all((leaf == restored.step).all() for leaf in jax.tree.leaves(restored.state))
 
 
+@pytest.mark.versions
 def test_a_process_ends_without_closing(tmp_path: Path) -> None:
     code = "from l2t_jax.runs.checkpoints import *; Checkpoints(sys.argv[1]).save(0, {'a': np.ones(2)}, {})"
     done = execute([sys.executable, "-c", code, str(tmp_path)])
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
+@pytest.mark.versions
 def test_list_and_verify(saved: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Every step is read and compared, nothing is changed, and a step under way is left alone."""
     other = Checkpoints(tmp_path / "method" / "seed_0")

@@ -59,6 +59,7 @@ def test_every_method_gives_a_record(table):
     assert not (table / "cells" / "digits_mlp_flip240_l2t_dln" / "checkpoints").exists()
 
 
+@pytest.mark.versions
 def test_every_name_builds():
     """Each name of --method becomes an entry, and each entry has a state."""
     names = method_names()
@@ -134,6 +135,7 @@ def record(method, per_seed, seeds=(0, 1, 2), steps=100, noise=None, student="le
     }
 
 
+@pytest.mark.versions
 def test_differences_are_paired_by_seed():
     """Seeds vary by 10 points and the method by 1: only a paired test sees it."""
     ours, base = [0.91, 0.815, 0.705], [0.90, 0.80, 0.70]

@@ -76,6 +76,7 @@ def test_agrees_with_lax(name, x64):
     assert_close(run(conv2d), run(by_lax))
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mapped", [(0, 0), (0, None), (None, 0), (2, 3)])
 @pytest.mark.parametrize("name", ["same_strided", "groups", "dilated_strided"])
 def test_vmap(name, mapped, x64):
@@ -93,6 +94,7 @@ def test_vmap(name, mapped, x64):
     assert_close(run(conv2d), run(by_lax))
 
 
+@pytest.mark.versions
 def test_derivatives_are_made_of_the_three_in_canonical_layout():
     """No derivative brings back lax's own rules, and what is lowered on CPU has one layout only."""
     x, w = jnp.ones((2, 8, 8, 64)), jnp.ones((3, 3, 64, 64))
@@ -110,6 +112,7 @@ def test_derivatives_are_made_of_the_three_in_canonical_layout():
     assert layouts == {"[b, 0, 1, f]x[0, 1, i, o]->[b, 0, 1, f]"}
 
 
+@pytest.mark.versions
 def test_other_platforms_get_lax(x64):
     """The lowering for accelerators is lax's own transposes: it agrees where it can be run."""
     from l2t_jax import convolution as c

@@ -2,11 +2,15 @@
 
 import dataclasses
 import importlib.util
+import io
 import os
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from l2t_jax import data
 from l2t_jax.data import DataError
@@ -26,6 +30,7 @@ def digits() -> data.Dataset:
     return data.load("digits")
 
 
+@pytest.mark.versions
 def test_digits_are_split_by_class_and_always_alike(digits: data.Dataset) -> None:
     assert digits.train_images.shape == (1437, 8, 8, 1) and digits.test_images.shape == (360, 8, 8, 1)
     assert digits.train_images.min() == 0 and digits.train_images.max() == 16
@@ -101,6 +106,44 @@ def test_download_without_tensorflow_is_one_line(tmp_path: Path, monkeypatch: py
         data.load("cifar10", tmp_path, download=True)
 
 
+@pytest.mark.versions
+def test_prepared_data_are_read(tmp_path: Path) -> None:
+    """Ten images, prepared by TFDS itself. They are given as PNGs: encoding arrays would need TensorFlow."""
+    import tensorflow_datasets as tfds
+
+    images = np.random.default_rng(0).integers(256, size=(10, 28, 28, 1), dtype=np.uint8)
+
+    def encoded(image: np.ndarray) -> io.BytesIO:
+        file = io.BytesIO()
+        Image.fromarray(image[..., 0]).save(file, "png")
+        file.seek(0)
+        return file
+
+    with tfds.core.registered.skip_registration():
+
+        class Mnist(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("3.0.1")
+
+            def _info(self) -> tfds.core.DatasetInfo:
+                features = {
+                    "image": tfds.features.Image(shape=(28, 28, 1)),
+                    "label": tfds.features.ClassLabel(num_classes=10),
+                }
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, downloads: object) -> dict[str, Any]:
+                return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+            def _generate_examples(self) -> Iterator[tuple[int, dict[str, Any]]]:
+                yield from ((n, {"image": encoded(image), "label": n}) for n, image in enumerate(images))
+
+    Mnist(data_dir=tmp_path, file_format="array_record").download_and_prepare()
+    mnist = data.load("mnist", tmp_path)
+    for read, labels in ((mnist.train_images, mnist.train_labels), (mnist.test_images, mnist.test_labels)):
+        np.testing.assert_array_equal(read[np.argsort(labels)], images)  # TFDS shuffles
+
+
+@pytest.mark.versions
 def test_the_newest_whole_version_is_read(tmp_path: Path) -> None:
     for version in ("3.0.2", "3.0.10", "3.0.11.incompleteAB12", "4.0.0"):
         (tmp_path / "mnist" / version).mkdir(parents=True)

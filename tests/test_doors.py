@@ -274,7 +274,10 @@ SOME = {  # right in some modes, refused by the others
 }
 
 
-@pytest.mark.parametrize("mode", MEMORY_MODES)
+# The mode that asks most of jax's tracing stands for all of them in the part of `versions`.
+@pytest.mark.parametrize(
+    "mode", [pytest.param(mode, marks=pytest.mark.versions if mode == "linearize" else ()) for mode in MEMORY_MODES]
+)
 @pytest.mark.parametrize("name", [*PLAIN, *SOME])
 def test_right(name, mode, x64):
     case, _ = SOME[name] if name in SOME else (PLAIN[name], "")
@@ -466,6 +469,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 @pytest.mark.parametrize("name", [*REFUSED, *SOME])
 def test_refused(name, mode, x64):
@@ -492,6 +496,7 @@ def closing_over(c, mode, *, index=False):
     return hypergradient(loss, outer, SGD, memory=mode)(jnp.array(0.7), state, jnp.ones(3), jnp.array(2.0)).gradient
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_traced_arrays_that_the_loss_closes_over(mode, x64):
     """jit, vmap and grad outside, where what is closed over has no value yet; grad differentiates by it as well."""
@@ -511,6 +516,7 @@ def test_traced_arrays_that_the_loss_closes_over(mode, x64):
     np.testing.assert_allclose(looped, mapped, rtol=1e-10)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_the_derivative_by_the_batches(mode, x64):
     state = init_state({"params": {"w": jnp.array(1.0)}}, SGD)
@@ -521,6 +527,7 @@ def test_the_derivative_by_the_batches(mode, x64):
     np.testing.assert_allclose(slope, difference, rtol=1e-6)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_how_often_effects_run(mode, x64):
     """Those of jax.debug: once a step, and again where a step is computed again on the way back."""
@@ -535,6 +542,7 @@ def test_how_often_effects_run(mode, x64):
     assert len(count) == 3 if mode in ("save", "linearize") else len(count) > 3
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("mode", MEMORY_MODES)
 def test_shard_map_that_checks_what_varies(mode, x64):
     """Refused where jax would sum the derivatives of all devices up; right where phi and state are marked."""
@@ -561,6 +569,7 @@ def test_shard_map_that_checks_what_varies(mode, x64):
     np.testing.assert_allclose(mapped(marked=True, check_vma=True), right, rtol=1e-10)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["a custom_vjp that calls itself", "straight through, checked"])
 def test_auto_says_in_one_line_what_it_avoids(name, x64, caplog):
     with caplog.at_level("INFO", "l2t_jax.memory"):
@@ -569,6 +578,7 @@ def test_auto_says_in_one_line_what_it_avoids(name, x64, caplog):
     assert "takes save" in line and "; not linearize, mixed, nested: " in line and "\n" not in line
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(
     ("loss", "wrong"), [(cube, 0), (cube_forward, 0), (jnp.sin, 0), (straight_through, 0.3), (gradient_halved, 0.1)]
 )

@@ -52,6 +52,7 @@ def finished(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.versions
 def test_files_of_a_run(finished):
     summary = json.loads((finished / "summary.json").read_text())
     assert list(summary["methods"]) == ["l2t_dln", "l2t_dln_transfer", "cross_entropy"]
@@ -118,6 +119,7 @@ def test_snapshots_are_the_dln(finished):
     assert np.all(start["4/kernel"] == 0) and np.any(arrays["4/kernel"] != 0)
 
 
+@pytest.mark.versions
 def test_finished_run_is_refused_resumed_and_not_mixed(finished, capsys):
     before = (numbers(finished), (finished / "metrics.jsonl").read_bytes())
     assert launch(classification, *SMALL, f"--workdir={finished}") == 2
@@ -267,6 +269,7 @@ def test_labels_out_of_range_are_refused(monkeypatch, capsys, tmp_path):
     assert "10" in said and "label" in said and said.count("\n") == 1
 
 
+@pytest.mark.versions
 def test_help_teaches_every_flag():
     said = execute([sys.executable, "-m", "experiments.classification", "--help"], cwd=ROOT).stdout
     for flag in flags.FLAGS.get_key_flags_for_module(_flags):

@@ -98,6 +98,7 @@ def references(length):
         return hand_recursion(inner, outer, *arguments), plain_autodiff(inner, outer, SGD, *arguments)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("memory", "length"), CASES)
 def test_matches_recursion_plain_autodiff_and_finite_differences(memory, length, x64):
     inner, outer, phi, *rest = problem(length)
@@ -127,6 +128,7 @@ def test_any_optimizer(name, x64):
         chex.assert_trees_all_close(ours, plain, rtol=1e-10, atol=1e-12, custom_message=memory)
 
 
+@pytest.mark.versions
 def test_flows_through_auxiliary_state(x64):
     """A validation error that reads running statistics, an inner loss that reads them, and an integer in them."""
     inner, _, phi, state, batches, validation = problem(3)
@@ -150,6 +152,7 @@ def test_flows_through_auxiliary_state(x64):
         assert ours.metrics == 3
 
 
+@pytest.mark.versions
 def test_derivative_of_the_inner_losses(x64):
     """The losses an unroll returns are differentiable as well, in every mode."""
     inner, _, phi, state, batches, _ = problem(3)
@@ -163,6 +166,7 @@ def test_derivative_of_the_inner_losses(x64):
         chex.assert_trees_all_close(last(memory), reference, rtol=1e-10, atol=1e-12, custom_message=memory)
 
 
+@pytest.mark.versions
 def test_constants_inside_the_loss_stay_constant(x64):
     """A stop_gradient in the loss means the same in every mode."""
     inner, outer, *arguments = problem(3)
@@ -177,6 +181,7 @@ def test_constants_inside_the_loss_stay_constant(x64):
         chex.assert_trees_all_close(gradient(memory), reference, rtol=1e-10, atol=1e-12, custom_message=memory)
 
 
+@pytest.mark.versions
 def test_a_custom_derivative_inside_the_loss(x64):
     """A jax.custom_vjp that tells the truth is differentiated in every mode."""
 
@@ -198,12 +203,14 @@ def test_a_custom_derivative_inside_the_loss(x64):
         np.testing.assert_allclose(gradient(memory, cube), expected, rtol=1e-12, err_msg=memory)
 
 
+@pytest.mark.versions
 def test_an_unknown_mode():
     inner, outer = inner_objective(toy.student, toy.task, toy.small_loss()), outer_objective(toy.student, toy.task)
     with pytest.raises(ValueError, match=r"'mixd' is unknown; choose one of save, remat, mixed"):
         hypergradient(inner, outer, SGD, memory="mixd")
 
 
+@pytest.mark.versions
 def test_split_over_an_axis_is_the_whole_batch(x64):
     """Four shards with one mean of each student gradient and one of the hypergradient: the 1-device numbers."""
     loss = LOSSES["dln"](form="paper", squash="softmax")
@@ -240,6 +247,7 @@ def test_split_over_an_axis_is_the_whole_batch(x64):
     assert optax.tree.norm(optax.tree.sub(unsynchronised, whole.gradient)) > 1e-3 * optax.tree.norm(whole.gradient)
 
 
+@pytest.mark.versions
 def test_our_clip_is_that_of_optax(x64):
     """The same bits for gradients that are clipped, that are not, and that are at the bound."""
     gradient = {"a": jnp.array([3.0, 4.0]), "b": jnp.array([[12.0]])}  # of norm 13

@@ -108,6 +108,7 @@ def test_what_is_predicted_is_what_the_compiler_keeps(name, mode, optimizer, len
     np.testing.assert_allclose(growth(temporary, name, mode, optimizer, lengths), expected, rtol=0.25)
 
 
+@pytest.mark.versions
 def test_choice_by_what_is_kept_and_what_is_there():
     small, large = {"save": 3.0, "mixed": 4.0, "nested": 1.0}, {"save": 5.0, "mixed": 4.0, "nested": 1.0}
     assert (choose(small, 1e9), choose(large, 1e9)) == ("save", "mixed")
@@ -148,6 +149,7 @@ def test_auto_speaks_again_of_another_length_and_of_another_hypergradient(caplog
     assert [re.search(r"N = (\d)", line)[1] for line in caplog.messages] == ["2", "3", "2"]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("fits", [True, False])
 def test_auto_mapped_over_losses_and_shards(fits, monkeypatch, x64):
     """Mapped over losses, each with its batches split in two: as each alone on the whole."""

@@ -60,6 +60,7 @@ def test_runs_of_unequal_length_side_by_side_on_devices_stop_each_on_its_own(bat
     assert max(batches["unequal"]) < TOLERANCE and batches["unequal"][2] == 0, batches["unequal"]
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize(("how", "tolerance"), [("batches", TOLERANCE), ("seeds", 0)], ids=["vmap", "devices"])
 def test_seeds_give_the_numbers_of_single_runs(how, tolerance, request):
     """Side by side up to rounding; on devices exactly, since each device runs the program of a single seed."""
@@ -81,6 +82,7 @@ def test_a_wrong_mean_is_seen(batches, canary, wrong):
     assert batches["canaries"][canary][wrong] > 1e-3, batches["canaries"][canary]
 
 
+@pytest.mark.versions
 def test_keys_do_not_depend_on_the_devices():
     key, indices = jax.random.key(3), np.zeros((2, 6), int)
     whole = keys_of(key, indices, None)
@@ -146,6 +148,7 @@ def test_processes_that_do_not_fit_are_refused(arguments, message):
         Layout(devices=0)
 
 
+@pytest.mark.versions
 def test_one_process_is_its_own_leader():
     assert parallel.is_leader() and parallel.from_leader(3) == 3 and parallel.leader_first(lambda: 4) == 4
     assert parallel.anywhere(True) and not parallel.anywhere(False)

@@ -10,6 +10,8 @@ from mpl_toolkits.mplot3d import Axes3D
 
 from l2t_jax.runs.plots import ablation, costs, default_window, learning_curves, loss_surfaces, norms, running_median
 
+pytestmark = pytest.mark.versions
+
 
 def curve(points: int, seeds: int = 3) -> tuple[np.ndarray, np.ndarray]:
     x = 25 * np.arange(points)
@@ -36,6 +38,7 @@ def test_missing_values_leave_gaps_without_warnings(tmp_path: Path) -> None:
     y[0, 3], y[:, 5], y[1, 7] = np.nan, np.nan, -1.0
     with warnings.catch_warnings():
         warnings.simplefilter("error")
+        warnings.simplefilter("ignore", DeprecationWarning)  # what matplotlib calls is not ours to renew
         figure = learning_curves(tmp_path / "a.png", {"a": (x, y)}, ylabel="error", title="gaps")
         learning_curves(tmp_path / "b.png", {"b": (x, np.full_like(y, np.nan))}, ylabel="error", title="nothing")
         learning_curves(tmp_path / "c.png", {"c": (x[:0], y[:, :0])}, ylabel="error", title="no points")

@@ -73,6 +73,7 @@ def test_two_processes_give_the_numbers_of_one_and_resume_on_one(alone, tmp_path
     assert_close(metrics(workdir), alone)
 
 
+@pytest.mark.versions
 def test_a_directory_in_use_ends_all_processes(tmp_path):
     workdir = tmp_path / "run"
     workdir.mkdir()

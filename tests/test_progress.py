@@ -5,6 +5,8 @@ import pytest
 from l2t_jax.runs import progress as progress_lib
 from l2t_jax.runs.progress import RunProgress
 
+pytestmark = pytest.mark.versions
+
 RUNS = [("slow", 0), ("slow", 1), ("fast", 0)]
 
 

@@ -35,6 +35,7 @@ def registries():
         registry.update(entries)
 
 
+@pytest.mark.versions
 def test_python_examples_run(registries, tmp_path):
     blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
     assert len(blocks) >= 4

@@ -120,6 +120,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
         Metrics.read(tmp_path / "metrics.jsonl")
 
 
+@pytest.mark.versions
 def test_environment_has_what_a_reader_needs() -> None:
     here = json.loads(json.dumps(environment()))
     assert here["versions"]["jax"] == jax.__version__
@@ -225,6 +226,7 @@ def test_naming_a_directory_does_not_make_it(tmp_path: Path) -> None:
     assert not RunDirectory(tmp_path / "run").path.exists()
 
 
+@pytest.mark.versions
 def test_arrays_round_trip(tmp_path: Path) -> None:
     tree = {
         "params": {"dense/0": (jnp.arange(3), jnp.float32(2))},
@@ -248,6 +250,7 @@ def test_arrays_with_one_name_are_refused(tmp_path: Path) -> None:
         save_arrays(tmp_path / "a.npz", {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
 
 
+@pytest.mark.versions
 def test_tensorboard_writes_events(tmp_path: Path) -> None:
     pytest.importorskip("tensorboardX")
     writer = tensorboard_writer(tmp_path, purge_step=3)

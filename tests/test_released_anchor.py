@@ -31,7 +31,7 @@ STUDENT, LOSS, SGD = mlp(num_classes=4, width=5), dln(form="released"), optax.sg
 LAYERS = ("hidden", "output")
 FIRST, SECOND = 0, 1  # the passes of a round
 
-pytestmark = pytest.mark.usefixtures("x64")
+pytestmark = [pytest.mark.versions, pytest.mark.usefixtures("x64")]
 
 
 def dln_weights():

@@ -73,6 +73,7 @@ def test_dtypes_and_shapes_follow_the_inputs(name: str, x64: bool) -> None:
     assert jax.tree.structure(stats) == jax.tree.structure(variables["batch_stats"])
 
 
+@pytest.mark.versions
 def test_init_draws_parameters_in_the_dtype_of_the_inputs_and_standard_statistics() -> None:
     mlp = STUDENTS["mlp"](num_classes=5, width=4)
     with jax.enable_x64(True):
@@ -87,6 +88,7 @@ def test_init_draws_parameters_in_the_dtype_of_the_inputs_and_standard_statistic
     assert norm == {"mean": jnp.zeros(1), "var": jnp.ones(1)}
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["mlp", "lenet", "resnet8"])
 def test_float64_computes_in_float64(name: str) -> None:
     student = STUDENTS[name](num_classes=5, width=2)
@@ -100,6 +102,7 @@ def test_float64_computes_in_float64(name: str) -> None:
         assert 0 < abs(np.asarray(nudged - outputs)).max() < 1e-8
 
 
+@pytest.mark.versions
 def test_half_precision_statistics_keep_their_dtype() -> None:
     student = STUDENTS["resnet8"](num_classes=5, width=2)
     inputs = jax.ShapeDtypeStruct((4, 8, 8, 1), jnp.bfloat16)
@@ -114,6 +117,7 @@ def small() -> tuple[Student, dict]:
     return student, variables_of(student.init, images())
 
 
+@pytest.mark.versions
 def test_running_statistics_move_in_training_only(small: tuple[Student, dict]) -> None:
     student, variables = small
     _, kept = student.apply(variables, images(), False)
@@ -139,6 +143,7 @@ def test_an_example_depends_on_its_batch_in_training_only(small: tuple[Student, 
     assert abs(trained[0] - trained[1]).max() > 1e-2
 
 
+@pytest.mark.versions
 def test_axis_name_makes_parts_of_a_batch_act_as_the_whole(small: tuple[Student, dict]) -> None:
     student, variables = small
     parted = STUDENTS["resnet8"](num_classes=5, width=2, shortcut="b", axis_name="d")
@@ -174,6 +179,7 @@ def test_head_is_the_last_layer_taken_apart(name: str, train: bool) -> None:
         np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.versions
 def test_head_under_grad_and_vmap() -> None:
     """A derivative through the head is that of the outputs, the last layer's included; seeds run side by side."""
     student = STUDENTS["mlp"](num_classes=3, width=4)
@@ -219,6 +225,7 @@ def test_a_student_without_a_last_layer_of_that_name_has_no_head(kind: str) -> N
         student.head(variables, x, True)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("shape", [(2, 6, 8, 3), (2, 7, 5, 3)])
 def test_max_pool_is_that_of_flax_gradient_included(shape: tuple[int, ...]) -> None:
     x, weights = images(0, shape), images(1, (2, shape[1] // 2, shape[2] // 2, 3))

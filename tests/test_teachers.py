@@ -26,6 +26,7 @@ def anchor_cells():
     return tuple(cells)
 
 
+@pytest.mark.versions
 def test_lstm_anchor(x64):
     teacher = coordinate_lstm(1.0)
     memory = teacher.memory(jnp.zeros(4))
@@ -110,6 +111,7 @@ def test_a_window_clears_the_memory(odd):
         coordinate_lstm(window=-1)
 
 
+@pytest.mark.versions
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
 def test_optax_teacher_is_the_optimizer(name):
     """It descends: the update is what the optimizer itself gives, with its state as the memory."""
