@@ -87,7 +87,7 @@ def card(record: dict[str, Any], seed: int) -> dict[str, Any]:
         "seed": seed,
         "scores": {f"{name}, held-out accuracy": method["score"] for name, method in record["methods"].items()},
         "command": record["command"],
-        "commit": record["environment"].get("git", {}).get("commit"),
+        "commit": (record["environment"].get("git") or {}).get("commit"),
     }
 
 
