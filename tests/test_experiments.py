@@ -241,7 +241,7 @@ BAD = {
     "--set=student_clip=-1": "must be a norm, or 0 for none",
     "--set=window=-1": "a number of rounds, or 0",
     "--set=lives=0": "at least 1",
-    "--shortcut=b": "are of the ResNets",
+    "--shortcut=b": "is no knob of --student=mlp, which has --width",
     "--student=resnet8 --head_grid=3": "does not divide",
     "--dataset=mnist --data_dir=/nonexistent": "run once with --download",
     "--workdir=/dev/null/x": "cannot be used as a run directory",
