@@ -117,7 +117,6 @@ def whole(tmp_path_factory):
         return runner, runner.train()
 
 
-@pytest.mark.versions
 def test_rounds_divide_into_dispatches_in_any_way(whole, tmp_path, monkeypatch):
     monkeypatch.setattr(training, "_wanted", lambda durations: 4)
     runner = Runner(tmp_path)
