@@ -95,6 +95,7 @@ def hypergradient(
 
     def compute(phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree) -> Hypergradient:
         phi, state, batches = as_arrays(phi, "phi"), as_arrays(state, "state"), as_arrays(batches, "batches")
+        validation = as_arrays(validation, "validation")
         check_floats(phi, "phi")
         length_of(batches)
         check_validation(batches, validation)

@@ -114,7 +114,7 @@ def check_inner(results: Any, params: PyTree, batch_stats: PyTree) -> tuple[Arra
     """
     loss, stats = _pair(results, "the inner loss", "a scalar loss and the new batch_stats ({} without any)")
     loss = _scalar(loss, "the inner loss", "take its mean over the batch")
-    check_axes(loss, params, "the inner loss")
+    check_axes(_axes(loss), params, "the inner loss")
     check_carried(batch_stats, stats, "the inner loss", "batch_stats")
     return loss, stats
 
@@ -155,15 +155,14 @@ def check_mapped(phi: PyTree, state: StudentState, batches: PyTree, validation: 
       ValueError: data or state are known to differ between devices and phi or params are not (`jax.shard_map` with
         check_vma=True).
     """
-    for leaf in jax.tree.leaves((phi, state, batches, validation)):
-        for by in (phi, state.params):
-            check_axes(leaf, by, "what the hypergradient is given")
+    axes = frozenset[Any]().union(*map(_axes, jax.tree.leaves((phi, state, batches, validation))))
+    check_axes(axes, (phi, state.params), "what the hypergradient is given")
 
 
-def check_axes(value: Any, by: PyTree, what: str) -> None:
-    """Check that a value is not split over mapped axes over which what it is differentiated by is one."""
+def check_axes(axes: frozenset[Any], by: PyTree, what: str) -> None:
+    """Check that a value split over these mapped axes is differentiated by nothing that is not."""
     for leaf in jax.tree.leaves(by):
-        if more := _axes(value) - _axes(leaf):
+        if more := axes - _axes(leaf):
             raise ValueError(
                 f"{what} is split over the mapped axis {', '.join(sorted(map(str, more)))}, and what it is "
                 "differentiated by is not: under jax.shard_map with check_vma=True jax adds the derivatives of all "

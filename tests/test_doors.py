@@ -396,6 +396,7 @@ REFUSED = {
         ),
         "as many axes as the validation batch",
     ),
+    "a name in the validation batch": (Case(validation={"x": "a"}), "validation/x is a str: expected an array"),
     "an empty validation batch": (Case(validation=np.zeros((0, 3))), r"validation is \[0, 3\], which is empty"),
     # what the inner loss returns
     "losses that are not reduced": (
