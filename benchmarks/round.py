@@ -154,7 +154,7 @@ def _rounds(
 
     several = [jax.tree.map(lambda *x: np.stack(x), *map(of, range(seeds))) for of in (t.state, t.dispatch)]
     state, dispatch = jax.tree.map(lambda x: jnp.asarray(x if seeds > 1 else x[0]), several)
-    execute = some_rounds(t.method, t.task, t.augment)
+    execute = some_rounds(t.method, t.task)
     return execute, state, (jax.device_put(t.data), dispatch), gather
 
 

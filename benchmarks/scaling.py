@@ -143,7 +143,7 @@ def _teaching(name: str, length: int, rounds: int, layout: Layout) -> Teaching:
 def _call(name: str, layout: Layout, length: int, rounds: int) -> Callable[[], None]:
     """A function that goes on by some rounds."""
     t = _teaching(name, length, rounds, layout)
-    program = compile_rounds(t.method, t.task, t.augment, layout)
+    program = compile_rounds(t.method, t.task, layout)
     data, dispatches = program.data(t.data), [t.dispatch(seed) for seed in range(layout.runs)]
     states = program.place([t.state(seed) for seed in range(layout.runs)])
 
@@ -158,9 +158,7 @@ def _call(name: str, layout: Layout, length: int, rounds: int) -> Callable[[], N
 
 def _pmap_of_one(name: str, length: int, rounds: int) -> Callable[[], None]:
     t = _teaching(name, length, rounds, ONE)
-    execute = jax.pmap(
-        some_rounds(t.method, t.task, t.augment), axis_name=AXIS, donate_argnums=0, devices=jax.devices()[:1]
-    )
+    execute = jax.pmap(some_rounds(t.method, t.task), axis_name=AXIS, donate_argnums=0, devices=jax.devices()[:1])
     lead = lambda tree: jax.tree.map(lambda x: np.asarray(x)[None], tree)  # noqa: E731
     state, data, dispatch = lead(t.state(0)), jax.device_put(lead(t.data)), lead(t.dispatch(0))
 

@@ -9,13 +9,12 @@ import numpy as np
 import optax
 
 from l2t_jax.data import Dataset
-from l2t_jax.data.order import round_indices
+from l2t_jax.data.order import Plan
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.runs.parallel import Dispatch
-from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks.image_classification import image_classification
+from l2t_jax.tasks.image_classification import ImageInfo, image_classification
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Batch, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
 from l2t_jax.unroll import InnerLoss, OuterError, init_state, inner_objective, outer_objective
@@ -83,13 +82,12 @@ class Teaching(NamedTuple):
     method: Method
     task: Task
     data: dict[str, np.ndarray]
-    schedule: Schedule
-    augment: bool
+    plan: Plan
 
     def dispatch(self, seed: int) -> Dispatch:
         """The input of all rounds of a seed."""
-        rounds = np.arange(self.schedule.rounds, dtype=np.int32)
-        orders = [round_indices(seed, int(r), **self.schedule.sizes) for r in rounds]
+        rounds = np.arange(self.plan.rounds, dtype=np.int32)
+        orders = [self.plan.indices(seed, int(r)) for r in rounds]
         train, validation = (np.stack([order[i] for order in orders]) for i in (0, 1))
         key = np.asarray(jax.random.key_data(jax.random.key(seed)))
         return Dispatch(train, validation, rounds, np.zeros(len(rounds), bool), np.int32(len(rounds)), key)
@@ -118,8 +116,9 @@ def teaching(
     channels = workload.shape[-1]
     images = random.integers(0, 256, (EXAMPLES, *workload.shape), np.uint8)
     labels = random.integers(0, 10, EXAMPLES, np.int32)
-    half, augment = (127.5,) * channels, channels == 3
-    task = image_classification(Dataset("random", images, labels, images, labels, 10, half, half, augment))
+    half = (127.5,) * channels
+    data = {"images": images, "labels": labels}
+    task = image_classification(Dataset("random", data, data, ImageInfo(10, half, half, augment=channels == 3)))
     method = l2t_dln(
         workload.student(axis_name),
         task,
@@ -132,8 +131,8 @@ def teaching(
         axis_name=axis_name,
         at_once=at_once,
     )
-    schedule = Schedule(rounds, length, batch, validation, 0.5, EXAMPLES, STAGES[second_stage])
-    return Teaching(method, task, {"images": images, "labels": labels}, schedule, augment)
+    plan = Plan(rounds, length, batch, validation, 0.5, EXAMPLES, STAGES[second_stage])
+    return Teaching(method, task, data, plan)
 
 
 def images(workload: Workload, *lead: int, seed: int = 0) -> Batch:

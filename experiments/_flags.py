@@ -2,26 +2,26 @@
 
 import dataclasses
 import datetime
-import difflib
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any, NoReturn
 
 from absl import flags
 
-from l2t_jax.data import DATASETS
+from l2t_jax import inputs
+from l2t_jax.knobs import Knob, knobs_of, read_knob
 from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.methods import TAUGHT, method_names
+from l2t_jax.methods import KNOBS, TAUGHT, method_names
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
 from l2t_jax.methods.parts import SCHEDULES
 from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.parallel import SHARDS, leave
 from l2t_jax.students import STUDENTS
+from l2t_jax.tasks import TASKS, TaskSpec, settings_for
 from l2t_jax.teachers import TEACHERS, shipped
 
-SHORTCUTS = ["a", "b"]
 CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
     "student_schedule": SCHEDULES,
     "teacher_schedule": SCHEDULES,
@@ -46,7 +46,35 @@ def _by_preset(field: str) -> str:
     return ", ".join(f"{name} {value}" for name, value in values.items())
 
 
-flags.DEFINE_string("dataset", "digits", f"{_choices(DATASETS)}. digits needs no download.")
+def _by_task(flag: str) -> str:
+    return ", ".join(f"{spec.defaults[flag]} for {name}" for name, spec in TASKS.items())
+
+
+STUDENT_KNOBS: dict[str, dict[str, Knob]] = {}  # knob -> student -> what it is there
+for _student, _build in STUDENTS.items():
+    for _name, _knob in knobs_of(_build).items():
+        STUDENT_KNOBS.setdefault(_name, {})[_student] = _knob
+
+
+def _define_knob(name: str, of: dict[str, Knob]) -> None:
+    """A flag for a knob of students; what is not given is left to the builder."""
+    told: dict[tuple[Any, str], list[str]] = {}
+    for student, knob in of.items():
+        told.setdefault((knob.default, knob.text), []).append(student)
+    text = "; ".join(f"{', '.join(students)}: {text} (default {default})" for (default, text), students in told.items())
+    kind = type(next(iter(of.values())).default)
+    define: dict[type, Callable[..., Any]]
+    define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
+    define[kind](name, None, f"Of the student. {text}.")
+
+
+flags.DEFINE_string("task", "image_classification", f"{_choices(TASKS)}. What is learned.")
+flags.DEFINE_string(
+    "dataset",
+    None,
+    "; ".join(f"{_choices(spec.datasets)} ({name}, default {spec.defaults['dataset']})" for name, spec in TASKS.items())
+    + ". digits needs no download.",
+)
 flags.DEFINE_string(
     "data_dir", None, "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR or ~/tensorflow_datasets."
 )
@@ -59,24 +87,17 @@ flags.DEFINE_float(
     lower_bound=0.0,
     upper_bound=0.9,
 )
-flags.DEFINE_string("student", "mlp", f"{_choices(STUDENTS)}. The network that is taught.")
-flags.DEFINE_integer(
-    "width",
-    None,
-    "Units: hidden layer of mlp (default 500), first convolution of lenet (6) and of the ResNets (16 is the standard "
-    "net; the released code's is --width=64 --shortcut=b --head_grid=2).",
-    lower_bound=1,
-)
 flags.DEFINE_string(
-    "shortcut", "a", f"{_choices(SHORTCUTS)}. ResNet shortcut: a pads with zeros, b is a 1x1 convolution."
+    "student", None, f"{_choices(STUDENTS)}. The network that is taught. Default: {_by_task('student')}."
 )
-flags.DEFINE_integer("head_grid", 1, "ResNet head: the last map is averaged to this many cells a side.", lower_bound=1)
+for _name, _of in STUDENT_KNOBS.items():
+    _define_knob(_name, _of)
 flags.DEFINE_string(
     "method",
-    "l2t_dln,cross_entropy",
+    None,
     f"One or more, comma separated: {_choices(method_names())}. {', '.join(TAUGHT)} are reported twice: online (the "
     "student that grew up with the teacher) and transfer (the trained, frozen teacher teaches a fresh student with a "
-    "fresh loss).",
+    "fresh loss). Default: l2t_dln and the fixed loss it is compared with, cross_entropy where there are classes.",
 )
 flags.DEFINE_string(
     "preset",
@@ -87,8 +108,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "set",
     "",
-    "Any rows of the preset's sheet (l2t_jax/presets.py), NAME=VALUE, comma separated: e.g. "
-    "squash=log_softmax,odd=true.",
+    "Any rows of the preset's sheet (l2t_jax/presets.py), NAME=VALUE, and any knobs of a loss or a method, "
+    "NAME.KNOB=VALUE, comma separated: e.g. squash=log_softmax,odd=true,meta_weight_net.lr=0.01.",
 )
 flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
 flags.DEFINE_integer(
@@ -184,10 +205,12 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
     Raises:
       UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
     """
-    preset = PRESETS[known("preset", FLAGS.preset, PRESETS)]
+    spec = TASKS[known("task", FLAGS.task, TASKS)]
+    preset = settings_for(spec, PRESETS[known("preset", FLAGS.preset, PRESETS)])
+    methods = _methods(f"l2t_dln,{spec.baseline}" if FLAGS.method is None else FLAGS.method)
     if FLAGS.rounds is not None and FLAGS.epochs is not None:
         raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
-    if FLAGS.teacher_from is not None and not set(TAUGHT) & set(FLAGS.method.split(",")):
+    if FLAGS.teacher_from is not None and not set(TAUGHT) & set(methods):
         raise UsageError(f"--teacher_from is for {', '.join(TAUGHT)}: name one of them in --method.")
     if FLAGS.resume and FLAGS.workdir is None:
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
@@ -196,21 +219,21 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
     if not FLAGS.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
     config = Config(
-        dataset=known("dataset", FLAGS.dataset, DATASETS),
-        student=known("student", FLAGS.student, STUDENTS),
-        width=FLAGS.width,
-        shortcut=known("shortcut", FLAGS.shortcut, SHORTCUTS),
-        head_grid=FLAGS.head_grid,
-        methods=_methods(FLAGS.method),
+        task=FLAGS.task,
+        dataset=known("dataset", _given("dataset", spec), spec.datasets),
+        student=known("student", _given("student", spec), STUDENTS),
+        student_knobs=_student_knobs(),
+        methods=methods,
         preset=FLAGS.preset,
         teacher=known("teacher", FLAGS.teacher, TEACHERS),
         rounds=FLAGS.rounds,
         memory=known("memory", FLAGS.memory, MEMORY_MODES),
         seeds=parse_seeds(FLAGS.seeds),
-        settings=checked(dataclasses.replace(preset, **given_settings())),
+        settings=preset,
         noise=noise,
         held_out=FLAGS.held_out,
     )
+    config = with_settings(config, given_settings())
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     options = Options(
         data_dir=FLAGS.data_dir,
@@ -276,15 +299,23 @@ def _methods(text: str) -> tuple[str, ...]:
 
 def known(flag: str, name: str, names: Iterable[str]) -> str:
     """Check a name, and raise a UsageError that lists the known ones where it is not one of them."""
-    if name in (names := list(names)):
-        return name
-    near = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
-    hint = f" Did you mean {near[0]}?" if near else ""
-    raise UsageError(f"--{flag}={name} is unknown.{hint} Known: {', '.join(names)}.")
+    inputs.known(f"--{flag}={name}", name, names, UsageError)
+    return name
+
+
+def _given(flag: str, spec: TaskSpec) -> str:
+    """A flag's value, by default that of the task."""
+    value: str | None = FLAGS[flag].value
+    return spec.defaults[flag] if value is None else value
+
+
+def _student_knobs() -> dict[str, Any]:
+    """The student's knobs that flags give."""
+    return {name: FLAGS[name].value for name in STUDENT_KNOBS if FLAGS[name].value is not None}
 
 
 def given_settings() -> dict[str, Any]:
-    """The settings that flags give, whatever the preset.
+    """The settings that flags give, whatever the preset, and the knobs of losses and methods: see `with_settings`.
 
     Raises:
       UsageError: see `parse_settings`, or a setting is given twice.
@@ -298,7 +329,7 @@ def given_settings() -> dict[str, Any]:
 
 
 def parse_settings(flag: str, text: str) -> dict[str, Any]:
-    """Read `NAME=VALUE,NAME=VALUE` as fields of a `Preset`.
+    """Read `NAME=VALUE,NAME.KNOB=VALUE`: fields of a `Preset`, and knobs of losses and methods.
 
     Raises:
       UsageError: a name is unknown or given twice, or a value is not of its kind.
@@ -309,8 +340,37 @@ def parse_settings(flag: str, text: str) -> dict[str, Any]:
         name, equals, value = part.partition("=")
         if not equals or name in found:
             raise UsageError(f"--{flag}: {part!r} must be NAME=VALUE, each name once: e.g. odd=true.")
-        found[name] = parse_value(flag, known(flag, name, fields), value)
+        if "." in name:
+            found[name] = _parse_knob(flag, name, value)
+        else:
+            found[name] = parse_value(flag, known(flag, name, fields), value)
     return found
+
+
+def with_settings(config: Config, given: dict[str, Any]) -> Config:
+    """A config with other settings and knobs, of `parse_settings`.
+
+    Raises:
+      UsageError: a value is out of range, or a knob is of a method that is not run.
+    """
+    knobs = {name: value for name, value in given.items() if "." in name}
+    for name in knobs:
+        if (of := name.partition(".")[0]) not in config.methods:
+            raise UsageError(f"--set={name}=... is of {of}, which --method does not name: add it there.")
+    rows = {name: value for name, value in given.items() if "." not in name}
+    settings = checked(dataclasses.replace(config.settings, **rows))
+    return dataclasses.replace(config, settings=settings, knobs=config.knobs | knobs)
+
+
+def _parse_knob(flag: str, name: str, text: str) -> Any:
+    """Read the value of a knob of a loss or a method, NAME.KNOB."""
+    of, _, knob = name.partition(".")
+    has = knobs_of(KNOBS[known(flag, of, [name for name, build in KNOBS.items() if knobs_of(build)])])
+    known(f"{flag}={of}", knob, has)
+    try:
+        return read_knob(has[knob], text)
+    except ValueError as error:
+        raise UsageError(f"--{flag}: {name}={text} {error}.") from None
 
 
 def parse_value(flag: str, name: str, text: str) -> Any:

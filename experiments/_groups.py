@@ -6,9 +6,9 @@ from typing import Any
 from absl import flags
 
 from experiments import _flags
-from l2t_jax.data import DATASETS
 from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.students import STUDENTS
+from l2t_jax.tasks import TASKS
 
 flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")
 flags.DEFINE_string("students", "mlp,lenet", "One or more, comma separated; takes the place of --student.")
@@ -32,7 +32,8 @@ def groups(config: Config) -> list[Config]:
     Raises:
       UsageError: a name is unknown or given twice, or there is none.
     """
-    names = [_names(flag, known) for flag, known in (("datasets", DATASETS), ("students", STUDENTS))]
+    datasets = TASKS[config.task].datasets
+    names = [_names(flag, known) for flag, known in (("datasets", datasets), ("students", STUDENTS))]
     return [dataclasses.replace(config, dataset=d, student=s) for d in names[0] for s in names[1]]
 
 

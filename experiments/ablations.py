@@ -26,7 +26,7 @@ from l2t_jax.runs.cells import group_of, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
-from l2t_jax.runs.setting import build_schedule
+from l2t_jax.runs.setting import build_plan
 from l2t_jax.runs.tables import name_of, paired, probability, setup_of
 
 METHODS = ("l2t_dln", "cross_entropy")
@@ -105,7 +105,7 @@ def run_ablation(config: Config, options: Options) -> int:
     load = cells.loader(config, options)
     if ablation.setting == "validation_ratio" and load(config.dataset).meta:
         raise UsageError("a meta set kept apart validates, whatever the ratio: give --meta=0 to divide the noisy set.")
-    config = dataclasses.replace(config, rounds=build_schedule(config, load(config.dataset)).rounds)
+    config = dataclasses.replace(config, rounds=build_plan(config, load(config.dataset)).rounds)
     found: Records = {}
     for equal in ablation.equal:
         for value in ablation.values:

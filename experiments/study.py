@@ -26,6 +26,7 @@ from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import Entry, Setting, build_setting
 from l2t_jax.runs.study_pictures import PICTURES, draw
+from l2t_jax.tasks import TASKS, settings_for
 
 flags.DEFINE_string(
     "presets", "released,residual", f"One or more of {', '.join(PRESETS)}; takes the place of --preset."
@@ -70,8 +71,8 @@ def study(config: Config, options: Options) -> int:
 
 def _with_preset(config: Config, name: str) -> Config:
     """The config with another preset, and what flags say beyond it."""
-    settings = _flags.checked(dataclasses.replace(PRESETS[name], **_flags.given_settings()))
-    return dataclasses.replace(config, preset=name, settings=settings)
+    column = settings_for(TASKS[config.task], PRESETS[name])
+    return _flags.with_settings(dataclasses.replace(config, preset=name, settings=column), _flags.given_settings())
 
 
 def _instruments(setting: Setting, entry: Entry) -> Instruments:

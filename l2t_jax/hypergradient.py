@@ -22,6 +22,7 @@ from l2t_jax.inputs import (
     check_validation,
     is_finite,
     is_known,
+    known,
     length_of,
 )
 from l2t_jax.memory import FORWARD, MEMORY_MODES, auto, untrue
@@ -75,8 +76,7 @@ def hypergradient(
     Source: L2T-DLN (NeurIPS 2023), Eqs. 4-6. As printed, Eq. 5 starts at N-1 and Eq. 7 lacks the minus sign; this
     is the derivative itself, so neither question arises.
     """
-    if memory not in MEMORY_MODES:
-        raise ValueError(f"memory mode {memory!r} is unknown; choose one of {', '.join(MEMORY_MODES)}.")
+    known(f"memory mode {memory!r}", memory, MEMORY_MODES)
     check_optimizer(optimizer, "the student's optimizer")
     build = partial(auto, at_once=at_once, check_gradient=check_gradient) if memory == "auto" else MEMORY_MODES[memory]
     run = build(inner, optimizer, axis_name)
@@ -85,13 +85,13 @@ def hypergradient(
 
     def try_gradient(*arguments: PyTree) -> None:
         leaves, structure = jax.tree.flatten(arguments)
-        known = structure, tuple((x.shape, x.dtype) for x in leaves)
-        if known in tried:
+        seen = structure, tuple((x.shape, x.dtype) for x in leaves)
+        if seen in tried:
             return
         check_at_zero(optimizer, jax.tree.map(lambda x: np.ones(x.shape, x.dtype), arguments[0].params))
         if memory in FORWARD and (wrong := untrue(inner, axis_name, *arguments)):
             raise ValueError(f'{wrong}: memory="{memory}" would be wrong, use "save", "remat" or "auto".')
-        tried.add(known)
+        tried.add(seen)
 
     def compute(phi: PyTree, state: StudentState, batches: PyTree, validation: PyTree) -> Hypergradient:
         phi, state, batches = as_arrays(phi, "phi"), as_arrays(state, "state"), as_arrays(batches, "batches")

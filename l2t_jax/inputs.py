@@ -5,7 +5,8 @@ Each of these shapes and dtypes would otherwise give a wrong derivative without 
 Legend: B batch, V validation batch, N unroll length.
 """
 
-from collections.abc import Callable
+import difflib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -38,6 +39,27 @@ def as_arrays(tree: PyTree, what: str) -> PyTree:
         return leaf
 
     return jax.tree_util.tree_map_with_path(one, tree)
+
+
+def known(called: str, name: Any, names: Iterable[Any], error: type[ValueError] = ValueError) -> Any:
+    """Check that a name is one of those that are known.
+
+    Args:
+      called: what the message calls it, e.g. "loss 'dln'".
+      name: what was given.
+      names: the known ones.
+      error: what is raised.
+    Returns:
+      the name.
+    Raises:
+      ValueError (or `error`): it is none of them; the message lists all, and names a near one.
+    """
+    choices = list(names)
+    if name in choices:
+        return name
+    near = difflib.get_close_matches(str(name), [str(choice) for choice in choices], n=1, cutoff=0.4)
+    hint = f" Did you mean {near[0]}?" if near else ""
+    raise error(f"{called} is unknown; choose one of {', '.join(map(str, choices))}.{hint}")
 
 
 def check_floats(tree: PyTree, what: str) -> None:

@@ -21,9 +21,9 @@ class Batch(NamedTuple):
     inputs: PyTree  # leaves [B, ...]
     targets: PyTree  # leaves [B, ...]; [B] int32 for classification
     weight: Array | tuple[()] = ()  # [B] how much an example counts, 0 for padding; (): all alike
-    true: (
-        Array | tuple[()]
-    ) = ()  # [B] the targets before they were corrupted, where known: for records, not for methods
+    # [B] the targets before they were corrupted, where known: for records, not for methods
+    true: Array | tuple[()] = ()
+    key: Key | tuple[()] = ()  # [B] for what a student draws at random; (): it draws nothing
 
 
 class Read(NamedTuple):
@@ -93,6 +93,9 @@ class Student(NamedTuple):
     apply: Callable[[dict[str, PyTree], Array, bool], tuple[Array, PyTree]]  # -> outputs [B, C], new batch_stats
     # as apply -> `Head`, new batch_stats; None where the last layer cannot be taken apart
     head: Callable[[dict[str, PyTree], Array, bool], tuple[Head, PyTree]] | None = None
+    # whether it draws at random in training (dropout): apply and head then take keys [B] as a fourth argument, one for
+    # each example, so that how a batch is divided over devices changes nothing; without keys they draw nothing
+    draws: bool = False
 
 
 class StudentState(NamedTuple):
@@ -142,6 +145,8 @@ class Task(NamedTuple):
     measure: Callable[["Student", dict[str, PyTree], Batch], PyTree] | None = None
     score: Callable[[PyTree], dict[str, float]] = means  # that of all examples, leaves [n, ...], NumPy -> {name: value}
     metric: Metric = Metric("accuracy", "%")  # the headline
+    outputs: int = 0  # C, what a student puts out for each row: classes, where rows are classified
+    draws: bool = False  # whether gather draws at random, and is given keys in training
 
 
 class MethodState(NamedTuple):

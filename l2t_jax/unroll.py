@@ -27,7 +27,7 @@ Step = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 Unroll = Callable[[StudentState, PyTree, PyTree], tuple[StudentState, Array]]
 
 
-def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], PyTree, bool], tuple[Any, PyTree]]:
+def outputs_for(student: Student, loss: Loss) -> Callable[..., tuple[Any, PyTree]]:
     """What of a student a loss reads: its `apply`, or its `head`.
 
     Raises:
@@ -41,6 +41,22 @@ def outputs_for(student: Student, loss: Loss) -> Callable[[dict[str, PyTree], Py
             "from_linen and a last Dense layer named 'output', or give Student(init, apply, head)."
         )
     return student.head
+
+
+def keys_for(student: Student, batch: Batch) -> tuple[Array, ...]:
+    """The last argument of a training step's `apply` or `head`: the batch's keys, where the student draws at random.
+
+    Raises:
+      ValueError: it draws, and the batch has no key: then it would silently draw nothing.
+    """
+    if not student.draws:
+        return ()
+    if isinstance(batch.key, tuple):
+        raise ValueError(
+            "the student draws at random (dropout), and the training batch has no keys: give Batch.key [B], one for "
+            "each example, or a student without."
+        )
+    return (batch.key,)
 
 
 def losses_for(task: Task, loss: Loss) -> Callable[..., Errors]:
@@ -141,14 +157,15 @@ def inner_objective(student: Student, task: Task, loss: Loss, *, axis_name: str 
     outputs_of, losses_of = outputs_for(student, loss), losses_for(task, loss)
 
     def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
-        outputs, stats = outputs_of({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, stats = outputs_of(variables, batch.inputs, True, *keys_for(student, batch))
         return weighted_mean(losses_of(loss_params, outputs, batch), axis_name), stats
 
     return inner
 
 
 def outer_objective(student: Student, task: Task, *, axis_name: str | None = None) -> OuterError:
-    """The validation error e_val and the task's metrics, means over a validation batch.
+    """The validation error e_val and the task's metrics, means over a validation batch; nothing is dropped out.
 
     BatchNorm uses the statistics of the validation batch, as in the released code; what that batch would add to the
     running statistics is dropped, so validation data never enters the student that is tested.

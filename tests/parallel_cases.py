@@ -18,6 +18,7 @@ import optax
 import toy
 
 from l2t_jax import hypergradient, unroll
+from l2t_jax.data.order import Plan
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.runs import parallel, training
@@ -27,7 +28,7 @@ from l2t_jax.students import from_linen
 ROUNDS, N, B, V, EXAMPLES = 2, 3, 8, 16, 64
 SEEDS = Layout(1, 3, "seeds")  # each on a device of its own
 CASES = [*((memory, 2) for memory in MEMORY_MODES), ("save", 4)]  # memory mode, devices
-SCHEDULE = training.Schedule(9, N, B, V, 0.5, EXAMPLES, 2)
+PLAN = Plan(9, N, B, V, 0.5, EXAMPLES, 2)
 
 
 def say(what):
@@ -42,7 +43,7 @@ def noisy_gather(data, indices, keys):
     return batch._replace(inputs=batch.inputs + 0.1 * noise.reshape(batch.inputs.shape))
 
 
-TASK = toy.task._replace(gather=noisy_gather)
+TASK = toy.task._replace(gather=noisy_gather, draws=True)
 
 
 def method(memory, axis_name):
@@ -65,7 +66,7 @@ def state(memory, seed):
 
 
 def compiled(memory, layout):
-    return training.compile_rounds(method(memory, layout.axis_name), TASK, True, layout)
+    return training.compile_rounds(method(memory, layout.axis_name), TASK, layout)
 
 
 compiled_once = lru_cache(compiled)
@@ -77,7 +78,7 @@ def run(memory, layout, seeds=(0,), counts=None, build=compiled_once):
     program = build(memory, layout)
     states = program.place([state(memory, seed) for seed in seeds])
     counts = counts or [ROUNDS] * len(seeds)
-    dispatches = [training._dispatch(seed, 0, count, SCHEDULE) for seed, count in zip(seeds, counts, strict=True)]
+    dispatches = [training._dispatch(seed, 0, count, PLAN) for seed, count in zip(seeds, counts, strict=True)]
     states, metrics, done = program(states, program.data(toy.to_x64(toy.batch(9, EXAMPLES))), dispatches)
     assert done == counts
     return list(zip(program.take(states), metrics, strict=False))  # some places may be empty

@@ -4,7 +4,6 @@ Tables: each row is one fault, everything beside it as it should be, and what th
 be taken without a word, or end in a traceback from the depths. Hypothesis adds what we did not think of.
 """
 
-import dataclasses
 import io
 import re
 from contextlib import redirect_stderr, redirect_stdout
@@ -17,15 +16,16 @@ import pytest
 import toy
 from absl import flags
 from absl.testing import flagsaver
+from altered import altered
 from flax import linen as nn
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from experiments import _flags, classification
-from l2t_jax import data
 from l2t_jax.analysis import growth, sweep_matrices
 from l2t_jax.convolution import conv2d
-from l2t_jax.data import noise, order
+from l2t_jax.data import DataError, hold_out, noise
+from l2t_jax.data.order import Plan
 from l2t_jax.losses import LOSSES, LossError, build_loss, check_classes, check_loss, fixed, make_loss
 from l2t_jax.losses.checking import as_read
 from l2t_jax.losses.cross_entropy import cross_entropy
@@ -41,8 +41,9 @@ from l2t_jax.presets import PRESETS
 from l2t_jax.runs import parallel
 from l2t_jax.runs.parallel import SHARDS
 from l2t_jax.students import STUDENTS, from_linen
-from l2t_jax.tasks import evaluate
-from l2t_jax.tasks.image_classification import image_classification
+from l2t_jax.students.resnet import SHORTCUTS
+from l2t_jax.tasks import evaluate, load
+from l2t_jax.tasks.image_classification import DATASETS, check, image_classification
 from l2t_jax.teachers import TEACHERS, build_teacher, from_optax, sum_of
 from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
 from l2t_jax.types import Batch, Loss, RoundBatches
@@ -64,17 +65,29 @@ NO_RATE = ("0", "-0.1", "nan", "inf", "x", "0,1", "1e400", "None")
 NO_NAME = ("x", "", " ", "mlp2")
 NO_SWITCH = ("maybe", "2", "")
 BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags that it needs to be read at all
+    "task": NO_NAME,
     "dataset": NO_NAME,
     "data_dir": ("/nowhere --dataset=mnist",),
     "download": NO_SWITCH,
     "held_out": ("-0.1", "0.95", "x", "nan"),
     "student": NO_NAME,
     "width": (*NO_COUNT, "8 --student=linear"),
-    "shortcut": (*NO_NAME, "b", "b --student=lenet", "b --student=linear"),
+    "dropout": ("1", "-0.1", "x", "nan", "0.5 --student=lenet"),
+    "shortcut": (*(f"{name} --student=resnet8" for name in NO_NAME), "b", "b --student=lenet", "b --student=linear"),
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
-    "set": ("squash", "squash=", "odd=1", "x=1", "unroll_length=1.5", "odd=true,odd=true", "base=lstm", "preprocess=x"),
+    "set": (
+        "squash",
+        "squash=",
+        "odd=1",
+        "x=1",
+        "unroll_length=1.5",
+        "odd=true,odd=true",
+        "base=lstm",
+        "preprocess=x",
+        *("x.q=1", "mae.q=1", "focal.gamma=x", "focal.=1", "ml3.units=2", "focal.gamma=1"),
+    ),
     "teacher": NO_NAME,
     "unroll_length": NO_COUNT,
     "epochs": NO_COUNT,
@@ -102,10 +115,10 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "tensorboard": NO_SWITCH,
 }
 ROWS = [(name, value) for name, values in BAD_VALUES.items() for value in values]
-NAMES = ("dataset", "student", "method", "preset", "teacher", "memory", "shard", "shortcut", "student_schedule")
+NAMES = ("dataset", "student", "method", "preset", "teacher", "memory", "shard", "student_schedule")
 KNOWN = {  # what a text may be by chance, since hypothesis also draws constants of our own code
-    *(*data.DATASETS, *STUDENTS, *method_names(), *PRESETS, *TEACHERS, *MEMORY_MODES),
-    *(*SHARDS, *_flags.SHORTCUTS, *SCHEDULES),
+    *(*DATASETS, *STUDENTS, *method_names(), *PRESETS, *TEACHERS, *MEMORY_MODES),
+    *(*SHARDS, *SHORTCUTS, *SCHEDULES),
 }
 text = st.text(max_size=12).filter(lambda x: x.strip() and "," not in x)
 GOOD_FLAGS = st.sampled_from(
@@ -147,7 +160,7 @@ def test_flags_together(good, bad):
 def test_a_student_of_ones_own_has_the_knobs_of_its_builder(linear_student):
     for flag, has in (("--width=8", "none"), ("--head_grid=2", "none"), ("--shortcut=b", "none")):
         assert f"{flag} is no knob of --student=linear, which has {has}" in launch("--student=linear", flag)[0]
-    assert "which has --width: leave it out" in launch("--student=mlp", "--shortcut=b")[0]
+    assert "which has --width, --dropout: leave it out" in launch("--student=mlp", "--shortcut=b")[0]
 
 
 @pytest.fixture
@@ -164,9 +177,6 @@ def linear_student(monkeypatch):
     monkeypatch.setitem(STUDENTS, "linear", lambda *, num_classes: from_linen(Linear(num_classes)))
 
 
-LOAD = data.load
-
-
 def launch(*arguments):
     """What the command says on standard error, and its exit code. Nothing must come so far as to train."""
     errors = io.StringIO()
@@ -178,7 +188,8 @@ def launch(*arguments):
         pytest.raises(SystemExit) as stop,
     ):
         patch.setattr("l2t_jax.runs.running.train", None)
-        patch.setattr(data, "load", lambda name, *rest: DIGITS if name == "digits" else LOAD(name, *rest))
+        digits = lambda name, *rest, **task: DIGITS if name == "digits" else load(name, *rest, **task)  # noqa: E731
+        patch.setattr("l2t_jax.runs.setting.load", digits)
         _flags.parse_arguments(["classification.py", *arguments])
         classification.main([])
     return errors.getvalue(), stop.value.code
@@ -186,16 +197,21 @@ def launch(*arguments):
 
 # Data sets
 
-DIGITS = data.load("digits")
+DIGITS = load("digits")
 IMAGES, LABELS = ("train_images", "test_images"), ("train_labels", "test_labels")
 
 
+def array_of(name):
+    part, leaf = name.split("_")
+    return getattr(DIGITS, part)[leaf]
+
+
 def changed(name, change):
-    return {name: change(getattr(DIGITS, name))}
+    return {name: change(array_of(name))}
 
 
 def put(value, name="train_labels"):
-    labels = getattr(DIGITS, name).copy()
+    labels = array_of(name).copy()
     labels[3] = value
     return {name: labels}
 
@@ -219,14 +235,13 @@ BAD_DATA = {
     **{
         f"{name} with an axis {axis} more": (
             changed(name, lambda x, a=axis: np.expand_dims(x, a)),
-            rf"{part(name)}: {name.split('_')[1]} are .*expected",
+            rf"{part(name)}: {name.split('_')[1]} are .*expected" if axis else "expected one of each",
         )
         for name in (*IMAGES, *LABELS)
         for axis in (0, 1)
     },
     **{f"{name} too few": (changed(name, lambda x: x[:-1]), "images have .* labels") for name in (*IMAGES, *LABELS)},
-    **{f"{name} none": (changed(name, lambda x: x[:0]), "expected non-empty") for name in IMAGES},
-    **{f"{name} none": (changed(name, lambda x: x[:0]), "have 0 labels") for name in LABELS},
+    **{f"{name} none": (changed(name, lambda x: x[:0]), "there is no example") for name in (*IMAGES, *LABELS)},
     **{f"{name} a list": (changed(name, lambda x: x.tolist()), "are a list") for name in (*IMAGES, *LABELS)},
     **{f"{name} missing": ({name: None}, "are a NoneType") for name in (*IMAGES, *LABELS)},
     **{
@@ -240,10 +255,7 @@ BAD_DATA = {
     ),
     **{
         f"class {gone} gone": (
-            {
-                f"train_{what}": getattr(DIGITS, f"train_{what}")[DIGITS.train_labels != gone]
-                for what in ("images", "labels")
-            },
+            {f"train_{what}": DIGITS.train[what][DIGITS.train["labels"] != gone] for what in ("images", "labels")},
             rf"classes \[{gone}\] have no training example",
         )
         for gone in (0, 9)
@@ -262,24 +274,24 @@ BAD_DATA = {
     },
     "test images of another size": (changed("test_images", lambda x: x[:, 1:]), "train images are .* and test images"),
     "a meta set below 0": ({"meta": -1}, "meta=-1, expected"),
-    "a meta set of all": ({"meta": len(DIGITS.train_labels)}, "meta=1437, expected"),
-    "true labels too few": ({"true_labels": DIGITS.train_labels[1:]}, "true: 1437 images have 1436 labels"),
-    "a true label of no class": ({"true_labels": put(10)["train_labels"]}, "true: label 10 at index 3"),
+    "a meta set of all": ({"meta": DIGITS.examples}, "meta=1437, expected"),
+    "true labels too few": ({"train_true": DIGITS.train["labels"][1:]}, "have 1436 true"),
+    "a true label of no class": ({"train_true": put(10)["train_labels"]}, "true label 10 at index 3"),
 }
 
 
 @pytest.mark.parametrize("name", BAD_DATA)
 def test_data(name):
     change, line = BAD_DATA[name]
-    with pytest.raises(data.DataError) as error:
-        data.check(dataclasses.replace(DIGITS, **change))
+    with pytest.raises(DataError) as error:
+        check(altered(DIGITS, **change))
     said_in_a_line(error, line)
     assert "digits" in str(error.value)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def the_data_are_good_unless_changed():
-    data.check(DIGITS)
+    check(DIGITS)
 
 
 # Losses of one's own
@@ -551,7 +563,8 @@ def test_losses_of_other_targets_remain_possible():
 PHI = {"a": jnp.ones((3, 2)), "b": jnp.zeros(4)}
 MATRIX = noise.transition("flip2", 0.4, 5, 0)
 ROUND = {
-    "n": 100,
+    "rounds": 1,
+    "examples": 100,
     "validation_ratio": 0.5,
     "stages": 1,
     "unroll_length": 2,
@@ -574,8 +587,8 @@ def evaluated(data=None, variables=None, batch_size=10, **task):
     return evaluate(toy.student, variables, given_data, toy.task._replace(**task), batch_size)
 
 
-def drawn(**change):
-    return order.round_indices(change.pop("seed", 0), change.pop("round", 0), **(ROUND | change))
+def drawn(seed=0, round=0, **change):
+    return Plan(**(ROUND | change)).indices(seed, round)
 
 
 LSTM, ADAM = coordinate_lstm(), from_optax(optax.adam(1e-3))
@@ -627,7 +640,7 @@ DOORS = {
     "a sum's memory": (lambda: taught(sum_of(ADAM, ADAM), memory=ADAM.memory(PHI)), "must be a tuple of 2|structure"),
     "a sum's parameters": (lambda: taught(sum_of(ADAM), params={}), "parameters of a sum of teachers must be a tuple"),
     "an unknown teacher": (lambda: build_teacher("x", 0.1), "teacher 'x' is unknown; choose one of lstm"),
-    "an unknown base": (lambda: build_teacher("lstm", 0.1, base="x"), "base 'x' is unknown; choose one of lstm"),
+    "an unknown base": (lambda: build_teacher("lstm", 0.1, base="x"), "base 'x' is unknown; choose one of none, lstm"),
     "a knob that Adam has not": (
         lambda: build_teacher("adam", 0.1, odd=True),
         "teacher 'adam' with .*'odd'.*arguments",
@@ -643,7 +656,7 @@ DOORS = {
         "the student's optimizer is a function",
     ),
     # losses
-    "a knob that a loss has not": (lambda: build_loss("focal", 3, gama=1.0), "focal .*'gama'.*keyword arguments"),
+    "a knob that a loss has not": (lambda: build_loss("focal", 3, gama=1.0), "focal.*'gama'.*arguments of its builder"),
     "a knob that a builder has not": (lambda: build_loss("dln", 3, shape="x"), "loss 'dln' with .*'shape'"),
     "bilinear of one class": (
         lambda: build_loss("bilinear", 1),
@@ -711,7 +724,7 @@ DOORS = {
     "a ratio that is a name": (lambda: noise.transition("flip", "x", 5, 0), "the noise ratio x must lie between"),
     "a ratio of NaN": (lambda: noise.transition("flip", float("nan"), 5, 0), "the noise ratio nan must lie between"),
     "half a meta set": (lambda: noise.with_noise(DIGITS, "flip", 0.4, 100.5, 0), "a meta set of 100.5 must have"),
-    "a seed of -1 for a test set": (lambda: data.hold_out(DIGITS, 0.2, -1), "seed=-1 is not an integer"),
+    "a seed of -1 for a test set": (lambda: hold_out(DIGITS, 0.2, -1), "seed=-1 is not an integer"),
     # the order of data
     "round -1": (lambda: drawn(round=-1), "round=-1 is not an integer of at least 0"),
     "round 1.5": (lambda: drawn(round=1.5), "round=1.5 is not an integer"),
@@ -719,16 +732,22 @@ DOORS = {
     "seed 1.5": (lambda: drawn(seed=1.5), "seed=1.5 is not an integer"),
     **{
         f"{name} {value!r}": (lambda name=name, value=value: drawn(**{name: value}), f"{name}=.* is not a positive")
-        for name in ("n", "stages", "unroll_length", "batch_size", "validation_batch_size", "epoch_stages")
+        for name in (
+            "rounds",
+            "examples",
+            "stages",
+            "unroll_length",
+            "batch_size",
+            "validation_batch_size",
+            "epoch_stages",
+        )
         for value in (0, -1, 2.5, "x")
     },
     **{
         f"validation_ratio {value!r}": (lambda value=value: drawn(validation_ratio=value), "must lie between 0 and 1")
         for value in (0, 1, float("nan"), "x", None)
     },
-    "an epoch of no examples": (lambda: order.epoch_split(0, 0, -3, 0.5), "n=-3 is not a positive integer"),
-    "epoch -1": (lambda: order.epoch_split(0, -1, 10, 0.5), "epoch=-1 is not an integer"),
-    "batches of none": (lambda: order.rounds_per_epoch(10, 1, 0), "validation_batch_size=0 is not a positive"),
+    "epoch -1": (lambda: Plan(**ROUND).split(0, -1), "epoch=-1 is not an integer"),
     "no rounds as one": (lambda: several(l2rw(toy.student, toy.task, optax.sgd(0.1)), 0), "several rounds=0 is not"),
     # convolutions
     "pixels": (lambda: conv2d(X.astype(np.uint8), W), "x is uint8: expected an array of floats"),

@@ -11,12 +11,13 @@ from absl.testing import flagsaver
 from launching import SMALL, launch
 
 from experiments import _flags, compare, noisy_labels
-from l2t_jax import data
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods import TAUGHT, method_names
 from l2t_jax.runs import tables
 from l2t_jax.runs.published import PUBLISHED, Setup
 from l2t_jax.runs.setting import build_setting
+from l2t_jax.tasks import load
+from l2t_jax.tasks.image_classification import DATASETS
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but controls and what is of a kind that is there already; `test_every_name_builds` has all.
@@ -66,7 +67,7 @@ def test_every_name_builds():
     with flagsaver.flagsaver():
         _flags.parse_arguments(["test", "--student=mlp", "--width=8", f"--method={','.join(names)}"])
         config, options = _flags.resolve("test")
-    _, entries = build_setting(config, options, data.load("digits"))
+    _, entries = build_setting(config, options, load("digits"))
     assert [entry.name for entry in entries if entry.teacher_of is None] == names
     for entry in entries:
         state = jax.eval_shape(entry.method.init, jax.random.key(0), jnp.zeros((2, 8, 8, 1)))
@@ -168,7 +169,7 @@ def test_groups_and_failures_are_told():
 
 def test_published_numbers_name_what_can_be_run():
     for setup, method in PUBLISHED:
-        assert setup.dataset in data.DATASETS and method in method_names()
+        assert setup.dataset in DATASETS and method in method_names()
     assert set(LOSSES) - set(method_names()) == {"dln", "weight_net"}  # l2t_dln's and meta_weight_net's
 
 

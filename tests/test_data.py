@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 import pytest
+from altered import altered
 from PIL import Image
 
-from l2t_jax import data
-from l2t_jax.data import DataError
+from l2t_jax.data import DataError, Dataset, hold_out
+from l2t_jax.data.noise import with_noise, wrong_share
+from l2t_jax.tasks import load
+from l2t_jax.tasks.image_classification import check
 
 
 def real_data() -> str:
@@ -26,84 +29,82 @@ def real_data() -> str:
 
 
 @pytest.fixture(scope="module")
-def digits() -> data.Dataset:
-    return data.load("digits")
+def digits() -> Dataset:
+    return load("digits")
 
 
 @pytest.mark.versions
-def test_digits_are_split_by_class_and_always_alike(digits: data.Dataset) -> None:
-    assert digits.train_images.shape == (1437, 8, 8, 1) and digits.test_images.shape == (360, 8, 8, 1)
-    assert digits.train_images.min() == 0 and digits.train_images.max() == 16
-    train, test = np.bincount(digits.train_labels), np.bincount(digits.test_labels)
+def test_digits_are_split_by_class_and_always_alike(digits: Dataset) -> None:
+    assert digits.train["images"].shape == (1437, 8, 8, 1) and digits.test["images"].shape == (360, 8, 8, 1)
+    assert digits.train["images"].min() == 0 and digits.train["images"].max() == 16
+    train, test = np.bincount(digits.train["labels"]), np.bincount(digits.test["labels"])
     assert abs(test - (train + test) / 5).max() < 1
-    np.testing.assert_allclose(digits.mean[0], digits.train_images.mean())
-    np.testing.assert_allclose(digits.std[0], digits.train_images.std())
+    np.testing.assert_allclose(digits.info.mean[0], digits.train["images"].mean())
+    np.testing.assert_allclose(digits.info.std[0], digits.train["images"].std())
     assert digits.sha256 == "ceadbeb3288cb26088cfa8f18284605a59bf9dd2c77641ae37631cd16474f4c2"
 
 
-def test_digits_divide_the_whole_set(digits: data.Dataset) -> None:
+def test_digits_divide_the_whole_set(digits: Dataset) -> None:
     from sklearn.datasets import load_digits
 
     images, labels = load_digits(return_X_y=True)
     whole = {(*image.astype(int), label) for image, label in zip(images, labels, strict=True)}
-    parts = [(digits.train_images, digits.train_labels), (digits.test_images, digits.test_labels)]
+    parts = [(digits.train["images"], digits.train["labels"]), (digits.test["images"], digits.test["labels"])]
     train, test = ({(*i.ravel(), y) for i, y in zip(*part, strict=True)} for part in parts)
     assert train | test == whole and len(train) + len(test) == len(whole) == 1797
 
 
-def test_hash_sees_pixels_labels_and_shapes(digits: data.Dataset) -> None:
-    images = digits.test_images.copy()
+def test_hash_sees_pixels_labels_and_shapes(digits: Dataset) -> None:
+    images = digits.test["images"].copy()
     images[-1, -1, -1] += 1
     others = [
-        dataclasses.replace(digits, test_images=images),
-        dataclasses.replace(digits, train_labels=np.roll(digits.train_labels, 1)),
-        dataclasses.replace(digits, test_images=digits.test_images.reshape(360, 4, 16, 1)),
+        altered(digits, test_images=images),
+        altered(digits, train_labels=np.roll(digits.train["labels"], 1)),
+        altered(digits, test_images=digits.test["images"].reshape(360, 4, 16, 1)),
     ]
     assert len({d.sha256 for d in [digits, *others]}) == 4
 
 
-def broken(name: str, index: object, value: int, digits: data.Dataset) -> data.Dataset:
-    array = getattr(digits, name).copy()
+def put(array: np.ndarray, index: object, value: int) -> np.ndarray:
+    array = array.copy()
     array[index] = value
-    return dataclasses.replace(digits, **{name: array})
+    return array
 
 
-def test_check_names_what_is_wrong(digits: data.Dataset) -> None:
-    labels = digits.train_labels
+def test_check_names_what_is_wrong(digits: Dataset) -> None:
+    images, labels, held = digits.train["images"], digits.train["labels"], digits.test["images"]
     no_threes = labels != 3
-    cases = {
-        r"train: label 10 at index 17 is outside 0..9 \(1 such": broken("train_labels", 17, 10, digits),
-        r"test: label -1 at index 4 .*\(2 such": broken("test_labels", [4, 9], -1, digits),
-        r"classes \[3\]": dataclasses.replace(
-            digits, train_images=digits.train_images[no_threes], train_labels=labels[no_threes]
-        ),
-        "1437 images have 1436 labels": dataclasses.replace(digits, train_labels=labels[:-1]),
-        "labels are int64": dataclasses.replace(digits, train_labels=labels.astype(np.int64)),
-        "images are float64": dataclasses.replace(digits, test_images=digits.test_images / 16),
-        r"images are uint8 \(360, 8, 8\)": dataclasses.replace(digits, test_images=digits.test_images[..., 0]),
-        r"test images \(4, 8, 1\)": dataclasses.replace(digits, test_images=digits.test_images[:, :4]),
-        "1 channels": dataclasses.replace(digits, mean=(1.0, 2.0)),
-        "every std must be positive": dataclasses.replace(digits, std=(0.0,)),
+    cases: dict[str, dict[str, Any]] = {
+        r"train: label 10 at index 17 is outside 0..9 \(1 such": {"train_labels": put(labels, 17, 10)},
+        r"test: label -1 at index 4 .*\(2 such": {"test_labels": put(digits.test["labels"], [4, 9], -1)},
+        r"classes \[3\]": {"train_images": images[no_threes], "train_labels": labels[no_threes]},
+        "1437 images have 1436 labels": {"train_labels": labels[:-1]},
+        "labels are int64": {"train_labels": labels.astype(np.int64)},
+        "images are float64": {"test_images": held / 16},
+        r"images are uint8 \(360, 8, 8\)": {"test_images": held[..., 0]},
+        r"test images \(4, 8, 1\)": {"test_images": held[:, :4]},
+        "1 channels": {"mean": (1.0, 2.0)},
+        "every std must be positive": {"std": (0.0,)},
     }
-    for message, dataset in cases.items():
+    for message, changes in cases.items():
         with pytest.raises(DataError, match=message):
-            data.check(dataset)
+            check(altered(digits, **changes))
 
 
 def test_missing_and_unknown_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match="cifar10, cifar100, digits"):
-        data.load("cifar")
+    with pytest.raises(DataError, match=r"cifar10, cifar100\. Did you mean cifar10"):
+        load("cifar")
     with pytest.raises(DataError, match=f"{tmp_path}/cifar10 .*--data_dir=DIR.*--download"):
-        data.load("cifar10", tmp_path)
+        load("cifar10", tmp_path)
     monkeypatch.setenv("TFDS_DATA_DIR", str(tmp_path / "here"))
     with pytest.raises(DataError, match=f"{tmp_path}/here/mnist"):
-        data.load("mnist")
+        load("mnist")
 
 
 def test_download_without_tensorflow_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(DataError, match=r"^Preparing cifar10 needs TensorFlow[^\n]*$"):
-        data.load("cifar10", tmp_path, download=True)
+        load("cifar10", tmp_path, download=True)
 
 
 @pytest.mark.versions
@@ -138,8 +139,8 @@ def test_prepared_data_are_read(tmp_path: Path) -> None:
                 yield from ((n, {"image": encoded(image), "label": n}) for n, image in enumerate(images))
 
     Mnist(data_dir=tmp_path, file_format="array_record").download_and_prepare()
-    mnist = data.load("mnist", tmp_path)
-    for read, labels in ((mnist.train_images, mnist.train_labels), (mnist.test_images, mnist.test_labels)):
+    mnist = load("mnist", tmp_path)
+    for read, labels in ((mnist.train["images"], mnist.train["labels"]), (mnist.test["images"], mnist.test["labels"])):
         np.testing.assert_array_equal(read[np.argsort(labels)], images)  # TFDS shuffles
 
 
@@ -150,35 +151,61 @@ def test_the_newest_whole_version_is_read(tmp_path: Path) -> None:
         if version != "4.0.0":
             (tmp_path / "mnist" / version / "dataset_info.json").write_text('{"fileFormat": "tfrecord"}')
     with pytest.raises(DataError, match=r"3\.0\.10 is prepared as tfrecord, expected array_record"):
-        data.load("mnist", tmp_path)
+        load("mnist", tmp_path)
 
 
 def test_damaged_data_say_so(tmp_path: Path) -> None:
     (tmp_path / "mnist" / "3.0.1").mkdir(parents=True)
     (tmp_path / "mnist" / "3.0.1" / "dataset_info.json").write_text('{"fileFormat": "array_record"}')
     with pytest.raises(DataError, match=r"^Split 'train' of [^\n]*3\.0\.1 could not be read[^\n]*$"):
-        data.load("mnist", tmp_path)
+        load("mnist", tmp_path)
 
 
-def test_held_out_examples_take_the_place_of_the_test_set() -> None:
-    digits = data.load("digits")
-    held = data.hold_out(digits, 0.2)
-    counts = np.bincount(digits.train_labels)
-    np.testing.assert_array_equal(np.bincount(held.test_labels), np.round(0.2 * counts))
-    np.testing.assert_array_equal(np.bincount(held.train_labels), counts - np.round(0.2 * counts))
-    key = lambda images, labels: sorted((x.tobytes(), int(y)) for x, y in zip(images, labels, strict=True))  # noqa: E731
-    parts = np.concatenate([held.train_images, held.test_images]), np.concatenate([held.train_labels, held.test_labels])
-    assert key(*parts) == key(digits.train_images, digits.train_labels)  # nothing of the test set, nothing twice
-    assert data.hold_out(digits, 0.2).sha256 == held.sha256 != data.hold_out(digits, 0.2, seed=1).sha256
-    assert data.hold_out(digits, 0) is digits
+def test_held_out_examples_take_the_place_of_the_test_set(digits: Dataset) -> None:
+    labels = digits.train["labels"]
+    held = hold_out(digits, 0.2, strata=labels)
+    counts = np.bincount(labels)
+    np.testing.assert_array_equal(np.bincount(held.test["labels"]), np.round(0.2 * counts))
+    np.testing.assert_array_equal(np.bincount(held.train["labels"]), counts - np.round(0.2 * counts))
+    key = lambda part: sorted((x.tobytes(), int(y)) for x, y in zip(part["images"], part["labels"], strict=True))  # noqa: E731
+    assert sorted(key(held.train) + key(held.test)) == key(digits.train)  # nothing of the test set, nothing twice
+    again, other = hold_out(digits, 0.2, strata=labels), hold_out(digits, 0.2, seed=1, strata=labels)
+    assert again.sha256 == held.sha256 != other.sha256
+    assert hold_out(digits, 0) is digits
     with pytest.raises(DataError, match=r"holding out 0\.001 of the 142 examples of class 0 leaves"):
-        data.hold_out(digits, 0.001)
+        hold_out(digits, 0.001, strata=labels)
+    assert len(hold_out(digits, 0.001).test["labels"]) == 1  # without strata all are one kind
+    with pytest.raises(DataError, match=r"strata are \[3\], expected one for each of 1437"):
+        hold_out(digits, 0.2, strata=labels[:3])
+
+
+def test_the_parts_of_an_example_stay_together(digits: Dataset) -> None:
+    """However a set is ordered, corrupted and divided, image, label, true label and index are of one example."""
+    labels = digits.train["labels"]
+    noisy = with_noise(digits, "flip2", 0.4, 100, 1)
+    held = hold_out(noisy, 0.2, strata=noisy.train["true"])
+    for data in (noisy, held, held.take(np.arange(held.examples)[::-1], meta=0)):
+        np.testing.assert_array_equal(data.train["images"], digits.train["images"][data.index])
+        np.testing.assert_array_equal(data.train["true"], labels[data.index])
+    assert wrong_share(held) == pytest.approx(0.39, abs=0.02)
+    np.testing.assert_array_equal(held.train["images"][-100:], noisy.train["images"][-100:])  # of the meta set none
+    assert held.meta == 100 and "true" not in held.test
+    with pytest.raises(DataError, match="its labels are wrong already"):
+        with_noise(held, "flip2", 0.0, 0, 1)
+    with pytest.raises(DataError, match=r"index is \[3\], expected one for each of 1437"):
+        dataclasses.replace(digits, index=np.arange(3))
+
+
+def test_what_has_no_classes_has_no_wrong_labels() -> None:
+    table = Dataset("table", {"x": np.ones((5, 2)), "y": np.ones(5)}, {"x": np.ones((1, 2)), "y": np.ones(1)})
+    with pytest.raises(DataError, match="table: wrong labels are of classes, and this data set has none"):
+        with_noise(table, "flip", 0.4, 0, 1)
 
 
 def test_real_mnist() -> None:
-    mnist = data.load("mnist", real_data())
+    mnist = load("mnist", real_data())
     # The counts of LeCun, Cortes & Burges.
-    assert np.bincount(mnist.train_labels).tolist()[:3] == [5923, 6742, 5958]
-    assert mnist.test_images.shape == (10_000, 28, 28, 1)
-    np.testing.assert_allclose(mnist.train_images.mean(), mnist.mean[0], rtol=1e-3)
-    np.testing.assert_allclose(mnist.train_images.std(), mnist.std[0], rtol=1e-3)
+    assert np.bincount(mnist.train["labels"]).tolist()[:3] == [5923, 6742, 5958]
+    assert mnist.test["images"].shape == (10_000, 28, 28, 1)
+    np.testing.assert_allclose(mnist.train["images"].mean(), mnist.info.mean[0], rtol=1e-3)
+    np.testing.assert_allclose(mnist.train["images"].std(), mnist.info.std[0], rtol=1e-3)

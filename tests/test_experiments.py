@@ -10,15 +10,16 @@ import numpy as np
 import pytest
 from absl import flags
 from absl.testing import flagsaver
+from altered import altered
 from launching import execute, launch
 
 from experiments import _flags, classification, figures
-from l2t_jax import data
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import setting
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.records import load_arrays
-from l2t_jax.runs.setting import example_inputs
+from l2t_jax.tasks import load
+from l2t_jax.tasks.image_classification import DATASETS
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 ROOT = Path(__file__).parents[1]
@@ -69,7 +70,7 @@ def test_files_of_a_run(finished):
 
     config = json.loads((finished / "config.json").read_text())
     assert config["config"]["settings"]["dln_lr"] == PRESETS["stable"].dln_lr
-    assert config["config"]["dataset_sha256"] == data.load("digits").sha256
+    assert config["config"]["dataset_sha256"] == load("digits").sha256
     assert {"versions", "git", "hardware"} <= set(config["environment"])
 
     rows = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
@@ -99,11 +100,11 @@ def test_transfer_is_taught_by_the_frozen_teacher(finished):
     with flagsaver.flagsaver():
         _flags.parse_arguments(["classification.py", *SMALL, f"--workdir={finished}"])
         config, options = _flags.resolve("classification")
-    dataset = data.load("digits")
-    _, entries = setting.build_setting(config, options, dataset)
+    dataset = load("digits")
+    built, entries = setting.build_setting(config, options, dataset)
     taught = {}
     for entry in entries[:2]:
-        fresh = entry.method.init(jax.random.key(0), example_inputs(dataset))
+        fresh = entry.method.init(jax.random.key(0), built.inputs)
         checkpoints = Checkpoints(finished / "checkpoints" / entry.name / "seed_1")
         taught[entry.name] = checkpoints.restore(fresh).state
     online, transfer = taught["l2t_dln"], taught["l2t_dln_transfer"]
@@ -257,13 +258,11 @@ def test_bad_input_is_one_line_and_exit_code_2(arguments, capsys):
 
 
 def test_labels_out_of_range_are_refused(monkeypatch, capsys, tmp_path):
-    import dataclasses
-
-    digits = data.load("digits")
-    labels = digits.train_labels.copy()
+    digits = load("digits")
+    labels = digits.train["labels"].copy()
     labels[5] = 10
-    broken = dataclasses.replace(digits, train_labels=labels)
-    monkeypatch.setitem(data.DATASETS, "digits", lambda data_dir, download: broken)
+    broken = altered(digits, train_labels=labels)
+    monkeypatch.setitem(DATASETS, "digits", lambda data_dir, download: broken)
     assert launch(classification, *SMALL, f"--workdir={tmp_path}/r") == 2
     said = capsys.readouterr().err
     assert "10" in said and "label" in said and said.count("\n") == 1

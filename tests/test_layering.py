@@ -14,7 +14,7 @@ LAYERS = tuple(set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| \d+ 
 DOORS = {
     "orbax": ("checkpoints.py",),
     "matplotlib": ("plots.py",),
-    "tensorflow_datasets": ("sets.py",),
+    "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),
 }
 FILES = sorted((ROOT / "l2t_jax").rglob("*.py"))

@@ -1,16 +1,15 @@
 """Wrong labels: their law, the meta set kept clean, and what reaches a method."""
 
-import dataclasses
-
 import numpy as np
 import pytest
+from altered import altered
 
-from l2t_jax import data
-from l2t_jax.data import noise, order
-from l2t_jax.runs.training import Schedule
-from l2t_jax.tasks.image_classification import image_classification
+from l2t_jax.data import DataError, noise
+from l2t_jax.data.order import Plan
+from l2t_jax.tasks import load
+from l2t_jax.tasks.image_classification import check, image_classification
 
-DIGITS = data.load("digits")
+DIGITS = load("digits")
 
 
 @pytest.mark.parametrize("kind", noise.NOISES)
@@ -45,28 +44,28 @@ def test_labels_follow_the_matrix(kind):
 
 def test_meta_set_is_clean_balanced_and_last():
     noisy = noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=0)
-    data.check(noisy)
-    np.testing.assert_array_equal(noisy.train_labels[-100:], noisy.true_labels[-100:])
-    np.testing.assert_array_equal(np.bincount(noisy.train_labels[-100:]), 10)
+    check(noisy)
+    np.testing.assert_array_equal(noisy.train["labels"][-100:], noisy.train["true"][-100:])
+    np.testing.assert_array_equal(np.bincount(noisy.train["labels"][-100:]), 10)
     assert 0.33 < noise.wrong_share(noisy) < 0.47  # 0.4 within six standard deviations of 1337 draws
-    np.testing.assert_array_equal(noisy.test_labels, DIGITS.test_labels)
+    np.testing.assert_array_equal(noisy.test["labels"], DIGITS.test["labels"])
     # The same examples with the same true labels, in another order.
-    row = lambda d, labels: sorted(zip(map(bytes, d.train_images), labels.tolist(), strict=True))  # noqa: E731
-    assert row(noisy, noisy.true_labels) == row(DIGITS, DIGITS.train_labels)
+    row = lambda d, labels: sorted(zip(map(bytes, d.train["images"]), labels.tolist(), strict=True))  # noqa: E731
+    assert row(noisy, noisy.train["true"]) == row(DIGITS, DIGITS.train["labels"])
     again = noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=0)
     assert again.sha256 == noisy.sha256 != noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=1).sha256
-    assert dataclasses.replace(noisy, true_labels=noisy.train_labels).sha256 != noisy.sha256
+    assert altered(noisy, train_true=noisy.train["labels"]).sha256 != noisy.sha256
 
 
 def test_meta_set_within_one_where_classes_do_not_divide_it():
-    counts = np.bincount(noise.with_noise(DIGITS, "uniform", 0.2, meta=23, seed=0).true_labels[-23:], minlength=10)
+    counts = np.bincount(noise.with_noise(DIGITS, "uniform", 0.2, meta=23, seed=0).train["true"][-23:], minlength=10)
     assert counts.tolist() == [3, 3, 3, 2, 2, 2, 2, 2, 2, 2]
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("swap", 0.4, 100), "noise 'swap' is unknown: use one of flip, flip2, uniform."),
+        (("swap", 0.4, 100), "noise 'swap' is unknown; choose one of flip, flip2, uniform."),
         (("flip", 1.4, 100), "the noise ratio 1.4 must lie between 0 and 1."),
         (("flip", 0.4, 5), "must have an example of each of 10 classes"),
         (("flip", 0.4, -1), "must have an example of each of 10 classes"),
@@ -75,38 +74,37 @@ def test_meta_set_within_one_where_classes_do_not_divide_it():
 )
 def test_bad_arguments(arguments, message):
     kind, ratio, meta = arguments
-    with pytest.raises(data.DataError, match=message.replace(".", r"\.")):
+    with pytest.raises(DataError, match=message.replace(".", r"\.")):
         noise.with_noise(DIGITS, kind, ratio, meta, seed=0)
 
 
 def test_flip2_needs_three_classes():
-    with pytest.raises(data.DataError, match="needs 3 classes or more, and there are 2"):
+    with pytest.raises(DataError, match="needs 3 classes or more, and there are 2"):
         noise.transition("flip2", 0.4, 2, seed=0)
 
 
 def test_a_wrong_rate_is_refused(monkeypatch):
     monkeypatch.setattr(noise, "corrupt", lambda labels, matrix, seed: labels)
-    with pytest.raises(data.DataError, match=r"0\.0000 of the labels are wrong, expected 0\.4000"):
+    with pytest.raises(DataError, match=r"0\.0000 of the labels are wrong, expected 0\.4000"):
         noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=0)
 
 
 def test_methods_train_on_the_noisy_part_only():
     """Training batches come from the corrupted part, validation batches from the meta set, with labels as given."""
     noisy = noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=0)
-    n = len(noisy.train_labels)
-    sizes = {"n": n, "validation_ratio": 100 / n, "stages": 1, "unroll_length": 5, "batch_size": 25}
-    sizes |= {"validation_batch_size": 50, "fixed_split": True}
-    rounds = [order.round_indices(0, r, **sizes) for r in range(30)]
+    n = len(noisy.train["labels"])
+    plan = Plan(9, 5, 25, 50, 100 / n, n, 1, fixed_split=True)
+    rounds = [plan.indices(0, r) for r in range(30)]
     train, validation = (np.concatenate([part[i].ravel() for part in rounds]) for i in (0, 1))
     assert train.max() < n - 100 <= validation.min()
     passes = train[: 53 * 25].reshape(53, 25)  # 1337 examples: 53 batches, 12 left over
     assert len(np.unique(passes)) == 53 * 25
     np.testing.assert_array_equal(np.unique(validation[:100]), np.arange(n - 100, n))
     assert np.any(validation[:100] != validation[100:200])  # shuffled anew on every pass
-    assert Schedule(9, 5, 25, 50, 100 / n, n, 1, fixed_split=True).rounds_per_epoch == 1337 // 125
+    assert plan.rounds_per_epoch == 1337 // 125
 
-    batch = image_classification(noisy).gather(noisy.training, train[:500], None)
-    np.testing.assert_array_equal(batch.targets, noisy.train_labels[train[:500]])
-    np.testing.assert_array_equal(batch.true, noisy.true_labels[train[:500]])
+    batch = image_classification(noisy).gather(noisy.train, train[:500], None)
+    np.testing.assert_array_equal(batch.targets, noisy.train["labels"][train[:500]])
+    np.testing.assert_array_equal(batch.true, noisy.train["true"][train[:500]])
     assert np.mean(np.asarray(batch.targets) != np.asarray(batch.true)) > 0.3
-    assert image_classification(DIGITS).gather(DIGITS.training, np.arange(3), None).true == ()
+    assert image_classification(DIGITS).gather(DIGITS.train, np.arange(3), None).true == ()

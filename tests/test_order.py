@@ -4,22 +4,25 @@ import numpy as np
 import pytest
 
 from l2t_jax.data import order
+from l2t_jax.data.order import Plan
 
 SIZES = {
-    "n": 103,
+    "rounds": 9,
+    "examples": 103,
     "validation_ratio": 0.4,
     "stages": 2,
     "unroll_length": 3,
     "batch_size": 7,
     "validation_batch_size": 5,
 }  # 62 train in 8 batches and 6 left over, 41 validation in 4 rounds of 10 and 1 left over
+PLAN = Plan(**SIZES)
 
 
 def epoch(number: int, seed: int = 3, **sizes: float) -> tuple[np.ndarray, np.ndarray]:
     """All rounds of an epoch: training batches [K, B], validation batches [K', V]."""
-    sizes = SIZES | sizes
-    count = order.rounds_per_epoch(order.split_sizes(103, 0.4)[1], sizes["stages"], sizes["validation_batch_size"])
-    rounds = [order.round_indices(seed, number * count + r, **sizes) for r in range(count)]
+    plan = Plan(**(SIZES | sizes))
+    count = plan.rounds_per_epoch
+    rounds = [plan.indices(seed, number * count + r) for r in range(count)]
     train, validation = (
         np.concatenate([a.reshape(-1, a.shape[-1]) for a in part]) for part in zip(*rounds, strict=True)
     )
@@ -29,15 +32,15 @@ def epoch(number: int, seed: int = 3, **sizes: float) -> tuple[np.ndarray, np.nd
 def test_sizes() -> None:
     assert order.split_sizes(50_000, 0.5) == (25_000, 25_000)
     assert order.split_sizes(100, 0.29) == (71, 29)  # 100 * 0.29 < 29 in floating point
-    assert order.rounds_per_epoch(25_000, 1, 100) == 250
-    assert order.rounds_per_epoch(41, 2, 5) == 4
+    assert Plan(1, 25, 25, 100, 0.5, 50_000, 1).rounds_per_epoch == 250
+    assert PLAN.rounds_per_epoch == 4
 
 
 def test_round_indices_are_a_pure_function() -> None:
-    first = [order.round_indices(3, r, **SIZES) for r in range(9)]
-    order.epoch_split.cache_clear()
+    first = [PLAN.indices(3, r) for r in range(9)]
+    order._split.cache_clear()
     order._pass_order.cache_clear()
-    again = [order.round_indices(3, r, **SIZES) for r in reversed(range(9))][::-1]
+    again = [PLAN.indices(3, r) for r in reversed(range(9))][::-1]
     for (train, validation), (train_again, validation_again) in zip(first, again, strict=True):
         assert train.shape == (2, 3, 7) and validation.shape == (2, 5)
         assert train.dtype == validation.dtype == np.int32
@@ -46,15 +49,15 @@ def test_round_indices_are_a_pure_function() -> None:
 
 
 def test_results_may_be_written_to() -> None:
-    for array in order.round_indices(3, 0, **SIZES):
+    for array in PLAN.indices(3, 0):
         array[:] = -1
-    assert min(a.min() for a in order.round_indices(3, 0, **SIZES)) >= 0
+    assert min(a.min() for a in PLAN.indices(3, 0)) >= 0
 
 
 @pytest.mark.parametrize("number", [0, 1])
 def test_an_epoch_keeps_training_and_validation_apart(number: int) -> None:
     train, validation = epoch(number)
-    split = order.epoch_split(3, number, 103, 0.4)
+    split = PLAN.split(3, number)
     assert sorted([*split.train, *split.validation]) == list(range(103))
     assert set(train.ravel()) <= set(split.train)
     assert validation.ravel().tolist() == split.validation[:40].tolist()  # in order, disjoint, one dropped
@@ -62,7 +65,7 @@ def test_an_epoch_keeps_training_and_validation_apart(number: int) -> None:
 
 def test_training_streams_over_whole_passes() -> None:
     train, _ = epoch(0)
-    part = set(order.epoch_split(3, 0, 103, 0.4).train)
+    part = set(PLAN.split(3, 0).train)
     passes = train.reshape(3, 8 * 7)  # 4 rounds of 6 batches, 8 a pass: rounds 1 and 2 cross a pass
     for one in passes:
         assert len(set(one)) == 56 and set(one) < part
@@ -79,7 +82,7 @@ def test_stages_and_unroll_length_only_cut_the_stream() -> None:
 
 
 def test_seed_and_epoch_change_the_order() -> None:
-    splits = [order.epoch_split(s, e, 103, 0.4) for s, e in [(3, 0), (3, 1), (4, 0), (0, 3)]]
+    splits = [PLAN.split(s, e) for s, e in [(3, 0), (3, 1), (4, 0), (0, 3)]]
     assert len({frozenset(s.validation) for s in splits}) == 4
     assert not np.array_equal(epoch(0)[0].ravel()[:56], splits[0].train[:56])
 
@@ -97,16 +100,14 @@ def test_seed_and_epoch_change_the_order() -> None:
 )
 def test_impossible_sizes_are_refused(changed: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        order.check_sizes(**(SIZES | changed))
-    with pytest.raises(ValueError, match=message):
-        order.round_indices(3, 0, **(SIZES | changed))
+        Plan(**(SIZES | changed))
 
 
 def test_sizes_at_the_edge_are_allowed() -> None:
-    train, validation = order.round_indices(3, 5, **(SIZES | {"batch_size": 62, "validation_batch_size": 20}))
+    train, validation = Plan(**(SIZES | {"batch_size": 62, "validation_batch_size": 20})).indices(3, 5)
     assert sorted(train[0, 0]) == sorted(train[1, 2]) and len(set(validation.ravel())) == 40
     with pytest.raises(ValueError, match="round=-1"):
-        order.round_indices(3, -1, **SIZES)
+        PLAN.indices(3, -1)
 
 
 def test_a_method_of_single_steps_has_the_same_epochs_and_training_batches() -> None:
@@ -114,10 +115,10 @@ def test_a_method_of_single_steps_has_the_same_epochs_and_training_batches() -> 
     single = {"stages": 6, "unroll_length": 1, "epoch_stages": 2}
     seen = []
     for r in range(9):  # two epochs of four rounds, and one more
-        train, _ = order.round_indices(3, r, **SIZES)
-        other, validation = order.round_indices(3, r, **SIZES | single)
+        train, _ = PLAN.indices(3, r)
+        other, validation = Plan(**SIZES | single).indices(3, r)
         np.testing.assert_array_equal(other.ravel(), train.ravel())
-        assert np.isin(validation, order.epoch_split(3, r // 4, 103, 0.4).validation).all()
+        assert np.isin(validation, PLAN.split(3, r // 4).validation).all()
         seen.append(validation)
     assert validation.shape == (6, 5)
     streamed = np.concatenate(seen[:4])  # 24 batches of 5 in passes of 8 batches, 41 examples
@@ -128,6 +129,6 @@ def test_a_method_of_single_steps_has_the_same_epochs_and_training_batches() -> 
 
 def test_first_pass_over_the_validation_part_is_its_own_order() -> None:
     """What records of earlier versions read: consecutive blocks of the epoch's division."""
-    _, validation = order.round_indices(3, 5, **SIZES)
-    part = order.epoch_split(3, 1, 103, 0.4).validation
+    _, validation = PLAN.indices(3, 5)
+    part = PLAN.split(3, 1).validation
     np.testing.assert_array_equal(validation.ravel(), part[10:20])

@@ -12,14 +12,15 @@ import toy
 
 from benchmarks import round as benchmark
 from l2t_jax.data import Dataset
+from l2t_jax.data.order import Plan
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.runs import training
 from l2t_jax.runs.checkpoints import Checkpoints
-from l2t_jax.runs.training import Run, Schedule, compile_rounds, some_rounds, train
+from l2t_jax.runs.training import Run, compile_rounds, some_rounds, train
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks.image_classification import image_classification
+from l2t_jax.tasks.image_classification import ImageInfo, image_classification
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Loss
 from l2t_jax.unroll import inner_objective, outer_objective
@@ -27,7 +28,8 @@ from l2t_jax.unroll import inner_objective, outer_objective
 N, B, V, EXAMPLES = 3, 4, 5, 60
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (EXAMPLES, 4, 4, 1), np.uint8), RNG.integers(0, 3, EXAMPLES, np.int32)
-DATASET = Dataset("made", IMAGES, LABELS, IMAGES, LABELS, 3, (128.0,), (64.0,), augment=True)
+PART = {"images": IMAGES, "labels": LABELS}
+DATASET = Dataset("made", PART, PART, ImageInfo(3, (128.0,), (64.0,), augment=True))
 SGD, ADAM = optax.sgd(0.1), optax.adam(1e-3)
 
 
@@ -44,8 +46,8 @@ class Counted:
         method = l2t_dln(self.student, self.task, self.loss, self.teacher, SGD, ADAM, second_stage=second_stage)
         self.method, self.traces, self.gathered = method._replace(round=self.round), 0, []
         self.one_round = method.round
-        self.execute = compile_rounds(self.method, self.task._replace(gather=self.gather), augment=True).call
-        self.schedule = Schedule(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
+        self.execute = compile_rounds(self.method, self.task._replace(gather=self.gather)).call
+        self.plan = Plan(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
         self.data = jax.device_put({"images": IMAGES, "labels": LABELS})
 
     def round(self, state, batches):
@@ -58,7 +60,7 @@ class Counted:
 
     def inputs(self, seed, begin, count):
         """On the device, all that `execute` takes beside the state."""
-        return self.data, jax.device_put(training._dispatch(seed, begin, count, self.schedule))
+        return self.data, jax.device_put(training._dispatch(seed, begin, count, self.plan))
 
     def state(self, seed):
         return self.method.init(jax.random.key(seed), jnp.zeros((2, 4, 4, 1)))
@@ -89,9 +91,9 @@ def test_nothing_is_computed_twice(second_stage):
     loss, teacher = LOSSES["dln"](), TEACHERS["lstm"](1e-3)
     method = l2t_dln(toy.student, toy.task, loss, teacher, SGD, ADAM, second_stage=second_stage, memory="mixed")
     state, phi = method.init(jax.random.key(0), jnp.zeros((2, 5))), loss.init(jax.random.key(1))
-    schedule = Schedule(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
-    execute = some_rounds(method, toy.task, augment=False)
-    rounds = count(execute, state, toy.batch(0, EXAMPLES), training._dispatch(0, 0, 3, schedule))
+    plan = Plan(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
+    execute = some_rounds(method, toy.task)
+    rounds = count(execute, state, toy.batch(0, EXAMPLES), training._dispatch(0, 0, 3, plan))
 
     inner, outer = inner_objective(toy.student, toy.task, loss), outer_objective(toy.student, toy.task)
     one = count(
@@ -122,14 +124,14 @@ def test_a_run_its_resumption_and_other_seeds_share_one_program(tmp_path):
     )
     method = l2t_dln(toy.student, toy.task, loss, TEACHERS["adam"](0.01), SGD, ADAM)
     rows, traces = [], []
-    program = compile_rounds(method._replace(round=lambda *a: traces.append(a) or method.round(*a)), toy.task, False)
+    program = compile_rounds(method._replace(round=lambda *a: traces.append(a) or method.round(*a)), toy.task)
 
     def run(seed, rounds):
         state = method.init(jax.random.key(seed), jnp.zeros((2, 5)))
         nothing = lambda *_: None  # noqa: E731
         folder = Checkpoints(tmp_path / str(seed))
         one = Run("toy", seed, state, folder, rows.extend, nothing, nothing, (), nothing, nothing, 0.0)
-        train([one], Schedule(rounds, N, B, V, 0.5, EXAMPLES, 2), program, toy.batch(0, EXAMPLES))
+        train([one], Plan(rounds, N, B, V, 0.5, EXAMPLES, 2), program, toy.batch(0, EXAMPLES))
         folder.close()
 
     for seed, rounds in ((0, 4), (0, 6), (1, 3)):

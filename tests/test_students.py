@@ -301,7 +301,7 @@ def test_unknown_arguments_are_errors(name: str) -> None:
 def test_resnet_errors() -> None:
     with pytest.raises(ValueError, match="6n"):
         resnet(18, num_classes=10)
-    with pytest.raises(ValueError, match="shortcut='c'"):
+    with pytest.raises(ValueError, match="shortcut 'c' is unknown"):
         resnet(8, num_classes=10, shortcut="c")  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="head_grid=3"):
         jax.eval_shape(resnet(8, num_classes=10, head_grid=3).init, jax.random.key(0), images())

@@ -10,8 +10,10 @@ import pytest
 from launching import launch
 
 from experiments import classification
-from l2t_jax import data
+from l2t_jax.data import at
+from l2t_jax.runs import setting
 from l2t_jax.runs.records import load_arrays, save_arrays
+from l2t_jax.tasks import load
 from l2t_jax.teachers.attention import init_attention
 
 SMALL = ("--rounds=3", "--unroll_length=2", "--width=8", "--seeds=2", "--preset=released")
@@ -28,16 +30,11 @@ def trained(tmp_path_factory):
 @pytest.fixture
 def five_classes(monkeypatch):
     """The digits 0 to 4: another data set, of another number of classes."""
-    digits = data.load("digits")
+    digits = load("digits")
 
-    def few(images, labels):
-        return images[labels < 5], labels[labels < 5]
-
-    train, test = few(digits.train_images, digits.train_labels), few(digits.test_images, digits.test_labels)
-    half = dataclasses.replace(
-        digits, train_images=train[0], train_labels=train[1], test_images=test[0], test_labels=test[1], num_classes=5
-    )
-    monkeypatch.setattr(data, "load", lambda *_: half)
+    info = dataclasses.replace(digits.info, num_classes=5)
+    half = digits.take(digits.train["labels"] < 5, test=at(digits.test, digits.test["labels"] < 5), info=info)
+    monkeypatch.setattr(setting, "load", lambda *_, **__: half)
 
 
 def test_policy_of_ten_classes_teaches_five(trained, five_classes, tmp_path):

@@ -11,16 +11,17 @@ import optax
 import pytest
 import toy
 
+from l2t_jax.data.order import Plan
 from l2t_jax.methods import l2t_dln
 from l2t_jax.runs import training
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import Layout
-from l2t_jax.runs.training import Run, Schedule, StoppedError, compile_rounds, train
+from l2t_jax.runs.training import Run, StoppedError, compile_rounds, train
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Loss, Teacher
 
 EXAMPLES, ROUNDS = 60, 7
-SCHEDULE = Schedule(
+PLAN = Plan(
     rounds=ROUNDS,
     unroll_length=2,
     batch_size=4,
@@ -39,7 +40,7 @@ def noisy_gather(data, indices, keys):
     return batch._replace(inputs=batch.inputs + 0.1 * noise.reshape(batch.inputs.shape))
 
 
-NOISY = toy.task._replace(gather=noisy_gather)
+NOISY = toy.task._replace(gather=noisy_gather, draws=True)
 
 
 def temperature_loss():
@@ -78,7 +79,7 @@ class Runner:
         )
         self.path, self.rows, self.stop_after, self.seed = path, [], stop_after, seed
         self.snapshots, self.lines = {}, []
-        self.program = compile_rounds(self.method, NOISY, augment=True)
+        self.program = compile_rounds(self.method, NOISY)
 
     def write(self, rows):
         self.rows += rows
@@ -90,7 +91,7 @@ class Runner:
         self.rows = [row for row in self.rows if row["round"] < done]
 
     def train(self):
-        return train([self.run()], SCHEDULE, self.program, DATA)[0]
+        return train([self.run()], PLAN, self.program, DATA)[0]
 
     def run(self):
         return Run(
@@ -131,9 +132,9 @@ def test_dispatches_last_about_a_second_and_stop_at_snapshots_and_at_the_end():
     assert training._wanted([]) == training._wanted([1.0]) == training._wanted([1.0, 60.0]) == 1
     assert training._wanted([1.0, 0.1]) == 10
     assert training._wanted([1.0, 1e-6]) == training.MOST_ROUNDS
-    schedule = dataclasses.replace(SCHEDULE, rounds=100)
+    plan = dataclasses.replace(PLAN, rounds=100)
     run = Run("toy", 0, *[None] * 5, (0, 20, 100), *[None] * 3)
-    counts = {done: training._Progress(run, done, 0.0).count(32, schedule) for done in (0, 2, 20, 96, 100)}
+    counts = {done: training._Progress(run, done, 0.0).count(32, plan) for done in (0, 2, 20, 96, 100)}
     assert counts == {0: 20, 2: 18, 20: 32, 96: 4, 100: 0}
 
 
@@ -195,14 +196,14 @@ def test_not_finite_at_once_keeps_the_initial_state(tmp_path):
 
 
 def test_schedule_counts_epochs():
-    assert SCHEDULE.rounds_per_epoch == 6  # 30 validation examples, 5 a round
-    first = training._dispatch(0, 5, 3, SCHEDULE).first_of_epoch
+    assert PLAN.rounds_per_epoch == 6  # 30 validation examples, 5 a round
+    first = training._dispatch(0, 5, 3, PLAN).first_of_epoch
     np.testing.assert_array_equal(np.asarray(first)[:3], [False, True, False])
 
 
 def test_schedule_refuses_what_does_not_fit():
     with pytest.raises(ValueError, match="fewer than batch_size=31"):
-        Schedule(1, 1, 31, 5, 0.5, EXAMPLES, 1)
+        Plan(1, 1, 31, 5, 0.5, EXAMPLES, 1)
 
 
 POISON = EXAMPLES - 1  # the example that the test below makes NaN
@@ -212,8 +213,8 @@ def test_a_seed_that_diverges_never_touches_those_beside_it(tmp_path, monkeypatc
     """Three seeds in one program; the one in the middle meets a NaN. The others end as they do without it."""
     real, data = training._dispatch, DATA._replace(inputs=DATA.inputs.at[POISON].set(jnp.nan))
 
-    def dispatch(poisoned, seed, done, count, schedule):
-        given = real(seed, done, count, schedule)
+    def dispatch(poisoned, seed, done, count, plan):
+        given = real(seed, done, count, plan)
         safe = given._replace(
             **{name: np.minimum(getattr(given, name), POISON - 1) for name in ("train", "validation")}
         )
@@ -224,8 +225,8 @@ def test_a_seed_that_diverges_never_touches_those_beside_it(tmp_path, monkeypatc
     def group(folder, poisoned):
         monkeypatch.setattr(training, "_dispatch", functools.partial(dispatch, poisoned))
         runners = [Runner(folder / str(seed), seed=seed) for seed in range(3)]
-        program = compile_rounds(runners[0].method, NOISY, True, Layout(3))
-        return runners, train([runner.run() for runner in runners], SCHEDULE, program, data)
+        program = compile_rounds(runners[0].method, NOISY, Layout(3))
+        return runners, train([runner.run() for runner in runners], PLAN, program, data)
 
     runners, outcomes = group(tmp_path / "with", True)
     clean, expected = group(tmp_path / "without", False)
@@ -237,8 +238,8 @@ def test_a_seed_that_diverges_never_touches_those_beside_it(tmp_path, monkeypatc
         chex.assert_trees_all_equal(outcomes[i].state, expected[i].state)
         chex.assert_trees_all_equal(runners[i].snapshots, clean[i].snapshots)
     monkeypatch.setattr(training, "_dispatch", functools.partial(dispatch, False))
-    single = compile_rounds(runners[0].method, NOISY, True)
-    (alone,) = train([Runner(tmp_path / "alone", seed=2).run()], SCHEDULE, single, data)
+    single = compile_rounds(runners[0].method, NOISY)
+    (alone,) = train([Runner(tmp_path / "alone", seed=2).run()], PLAN, single, data)
     chex.assert_trees_all_close(alone.state, expected[2].state, rtol=1e-5, atol=1e-6)
 
 
@@ -258,8 +259,8 @@ def test_a_group_goes_on_from_where_each_of_its_runs_was(whole, tmp_path, monkey
     with pytest.raises(KeyboardInterrupt):
         ahead.train()
     behind = Runner(tmp_path / "1", seed=1)
-    program = compile_rounds(ahead.method, NOISY, True, Layout(2))
-    outcomes = train([ahead.run(), behind.run()], SCHEDULE, program, DATA)
+    program = compile_rounds(ahead.method, NOISY, Layout(2))
+    outcomes = train([ahead.run(), behind.run()], PLAN, program, DATA)
     chex.assert_trees_all_close(outcomes[0].state, whole[1].state, rtol=1e-5, atol=1e-6)
     for runner in (ahead, behind):
         assert [row["round"] for row in runner.rows] == list(range(ROUNDS))
@@ -269,7 +270,7 @@ def test_a_wish_to_stop_is_granted_after_the_dispatch_and_loses_nothing(whole, t
     monkeypatch.setattr(training, "_wanted", lambda durations: 2)
     runner, asked = Runner(tmp_path), iter([False, True])
     with pytest.raises(StoppedError):
-        train([runner.run()._replace(checkpoint_seconds=1e9)], SCHEDULE, runner.program, DATA, lambda: next(asked))
+        train([runner.run()._replace(checkpoint_seconds=1e9)], PLAN, runner.program, DATA, lambda: next(asked))
     assert len(runner.rows) == 3  # a dispatch of 2 rounds and one up to the snapshot at 3
     assert Checkpoints(tmp_path).restore(runner.run().state).step == 3
     chex.assert_trees_all_equal(runner.train().state, whole[1].state)

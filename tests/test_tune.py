@@ -10,12 +10,13 @@ import pytest
 from launching import SMALL, launch
 
 from experiments import _flags, ablations, tune
-from l2t_jax import data
+from l2t_jax.data import hold_out
 from l2t_jax.losses.dln import dln
 from l2t_jax.methods.parts import build_teacher_optimizer, dln_arguments
 from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.runs.setting import build_optimizer
+from l2t_jax.tasks import load
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
 pytestmark = pytest.mark.usefixtures("small_lstm")
@@ -39,7 +40,8 @@ def test_a_grid_is_judged_on_held_out_training_examples(tuned):
     }
     record = found["digits_mlp_lstm_cross_entropy_student_lr=0.1_student_schedule=cosine"]
     assert record["config"]["held_out"] == 0.2 and record["config"]["settings"]["student_lr"] == 0.1
-    assert record["config"]["dataset_sha256"] == data.hold_out(data.load("digits"), 0.2).sha256
+    digits = load("digits")
+    assert record["config"]["dataset_sha256"] == hold_out(digits, 0.2, strata=digits.train["labels"]).sha256
     rows = (tuned / "table.md").read_text().splitlines()[2:]
     assert rows[0] == "| data | method | student_lr | held-out accuracy, % |"  # only what differs
     assert rows[2].startswith("| digits, mlp | cross_entropy | 0.1 | ")  # the best first: the other learns nothing

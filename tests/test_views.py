@@ -1,7 +1,4 @@
-"""Tasks that are not the classification of images: rows of an example, weights, whatever a loss may read.
-
-Images of pixels (B examples, 12 pixels, 3 classes) with ignored ones and an auxiliary head, and a regression.
-"""
+"""Tasks whose examples have rows: images of 12 pixels in 3 classes, with ignored ones and an auxiliary head."""
 
 import jax
 import jax.numpy as jnp
@@ -11,18 +8,11 @@ import pytest
 import toy
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses import LOSSES, make_loss
+from l2t_jax.losses import LOSSES
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.common import pull_of
-from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dln import l2t_dln
-from l2t_jax.methods.meta_weight_net import meta_weight_net
-from l2t_jax.runs.checkpoints import Checkpoints
-from l2t_jax.runs.parallel import ONE
-from l2t_jax.runs.training import Run, Schedule, compile_rounds, train
-from l2t_jax.students import mlp
 from l2t_jax.tasks import evaluate
-from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Batch, Errors, Metric, Read, RoundBatches, Student, Task
 from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
@@ -183,120 +173,3 @@ def test_a_view_that_a_task_does_not_offer():
     loss = LOSSES["large_margin_softmax"]()
     with pytest.raises(ValueError, match="this loss reads 'head', and the task offers rows: take another"):
         inner_objective(STUDENT._replace(head=two_heads), SEGMENTATION, loss)
-
-
-# Regression: squared error outside, a learned loss of the residual inside
-
-
-def learned_residual_loss():
-    """scale |r|^power, smoothed at 0: how much outliers count is taught."""
-
-    def losses_of(params, residual, targets):
-        return jnp.exp(params["scale"]) * (residual**2 + 1e-3) ** (jax.nn.sigmoid(params["power"]) + 0.25)
-
-    return make_loss(losses_of, lambda key: {"scale": jnp.array(0.0), "power": jnp.array(0.5)}, reads="residual")
-
-
-REGRESSION = Task(
-    error=lambda outputs, targets: (outputs[:, 0] - targets) ** 2,
-    metrics=lambda outputs, targets: {"absolute": jnp.abs(outputs[:, 0] - targets)},
-    gather=lambda data, indices, keys: Batch(data["x"][indices], data["y"][indices]),
-    views=(("residual", lambda outputs, targets: Read(outputs[:, 0] - targets, targets)),),
-    metric=Metric("error", "", "lower"),
-)
-
-
-def diabetes():
-    """Scikit-learn's table, standardised: 342 examples to train, 100 to test."""
-    from sklearn.datasets import load_diabetes
-
-    x, y = load_diabetes(return_X_y=True, scaled=False)
-    x, y = ((a - a.mean(0)) / a.std(0) for a in (x, y))
-    order = np.random.default_rng(0).permutation(len(y))
-    parts = [{"x": np.float32(x[i]), "y": np.float32(y[i])} for i in (order[100:], order[:100])]
-    return parts[0], parts[1]
-
-
-class Regression:
-    """Training on the table with its checkpoints on disk; stopped once, where that is asked."""
-
-    def __init__(self, path, layout=ONE, stop_after=None):
-        self.data, self.held_out = diabetes()
-        self.student = mlp(num_classes=1, width=8)
-        self.path, self.layout, self.stop_after, self.rows = path, layout, stop_after, []
-        self.method = l2t_dln(
-            self.student,
-            REGRESSION,
-            learned_residual_loss(),
-            TEACHERS["adam"](0.03),
-            optax.sgd(0.05),
-            optax.identity(),
-            second_stage="restart",
-            axis_name=layout.axis_name,
-        )
-
-    def write(self, rows):
-        self.rows += rows
-        if self.stop_after is not None and len(self.rows) >= self.stop_after:
-            raise KeyboardInterrupt
-
-    def train(self):
-        schedule = Schedule(12, 3, 16, 32, 0.5, len(self.data["y"]), self.method.stages)
-        state = self.method.init(jax.random.key(0), jnp.zeros((2, 10)))
-        run = Run(
-            name="l2t_dln",
-            seed=0,
-            state=state,
-            checkpoints=Checkpoints(self.path),
-            write=self.write,
-            forget=lambda done: setattr(self, "rows", [row for row in self.rows if row["round"] < done]),
-            snapshot=lambda done, state: None,
-            snapshot_rounds=(),
-            progress=lambda done, row: None,
-            report=print,
-            checkpoint_seconds=0.0,
-        )
-        program = compile_rounds(self.method, REGRESSION, augment=False, layout=self.layout)
-        return train([run], schedule, program, program.data(self.data))[0].state
-
-
-@pytest.fixture(scope="module")
-def trained(tmp_path_factory):
-    regression = Regression(tmp_path_factory.mktemp("whole"))
-    return regression, regression.train()
-
-
-def test_a_regression_is_learned_and_evaluated(trained):
-    """The error on what was held out is that of a student that knows something; the loss was taught."""
-    regression, state = trained
-    before = regression.student.init(jax.random.key(5), jnp.zeros((2, 10)))
-    errors = [
-        evaluate(regression.student, variables, regression.held_out, REGRESSION, 32)
-        for variables in (before, state.student.variables)
-    ]
-    assert set(errors[1]) == {"error", "absolute"} and errors[1]["error"] < 0.75 < errors[0]["error"]
-    assert abs(state.loss["power"] - 0.5) > 0.01
-    assert regression.rows[-1]["validation_absolute"] > 0
-
-
-def test_a_regression_resumes_bit_for_bit(trained, tmp_path):
-    regression, whole = trained
-    again = Regression(tmp_path, stop_after=5)
-    with pytest.raises(KeyboardInterrupt):
-        again.train()
-    again.stop_after = None
-    for a, b in zip(jax.tree.leaves(again.train()), jax.tree.leaves(whole), strict=True):
-        np.testing.assert_array_equal(a, b)
-    assert again.rows == regression.rows
-
-
-def test_a_method_of_classes_says_so_on_a_regression():
-    """L2RW and Meta-Weight-Net weigh examples by the task's own error; what needs classes is refused in one line."""
-    batch = Batch(*(x[:6] for x in diabetes()[0].values()))
-    student = mlp(num_classes=1, width=8)
-    data = RoundBatches(*(jax.tree.map(lambda x: x[None, None], batch), jax.tree.map(lambda x: x[None], batch)), True)
-    method = l2rw(student, REGRESSION, SGD)
-    state, metrics = jax.jit(method.round)(method.init(jax.random.key(0), batch.inputs), data)
-    assert jnp.isfinite(metrics["validation_error"]) and method.pull(state, batch, batch).shape == (6,)
-    with pytest.raises(ValueError, match="this loss reads 'rows', and the task offers residual"):
-        meta_weight_net(student, REGRESSION, SGD)

@@ -9,6 +9,7 @@ import numpy as np
 
 from l2t_jax.data import DataError, Dataset
 from l2t_jax.data.order import require_counts
+from l2t_jax.inputs import known
 
 NOISES = ("flip", "flip2", "uniform")
 _FAR = 6.0  # standard deviations: a rate of wrong labels further off than this is a mistake, not chance
@@ -30,8 +31,7 @@ def transition(kind: str, ratio: float, num_classes: int, seed: int) -> np.ndarr
     Source: Meta-Weight-Net (NeurIPS 2019), 4.2, whose text and code differ on flips: two other classes is what its
     documentation says, one is the other choice of its code.
     """
-    if kind not in NOISES:
-        raise DataError(f"noise {kind!r} is unknown: use one of {', '.join(NOISES)}.")
+    known(f"noise {kind!r}", kind, NOISES, DataError)
     require_counts(DataError, num_classes=(num_classes, 1), seed=(seed, 0))
     if not isinstance(ratio, (int, float, np.number)) or not 0 <= ratio <= 1:
         raise DataError(f"the noise ratio {ratio} must lie between 0 and 1.")
@@ -80,18 +80,24 @@ def with_noise(dataset: Dataset, kind: str, ratio: float, meta: int, seed: int) 
     """Corrupt the training labels of a data set, all but those of a clean meta set; the test set stays as it is.
 
     Args:
-      dataset: with right labels.
+      dataset: of classes, with right labels: train has "labels" [n], and info says `num_classes`.
       kind, ratio: see `transition`.
       meta: clean examples kept apart, as many of each class (within one, where C does not divide it); 0 for none.
       seed: of the draws; equal seeds give equal data.
     Returns:
-      the data set with its training examples in random order, the meta set last, `true_labels` and `meta` set.
+      the data set with its training examples in random order, the meta set last, what the labels were under "true".
     Raises:
-      DataError: see `transition`; a class has too few examples for the meta set; or, which never happens by chance, the
-        rate of wrong labels is not that of the matrix.
+      DataError: see `transition`; the data set is none of classes, or its labels are wrong already; a class has too
+        few examples for the meta set; or, which never happens by chance, the rate of wrong labels is not that of the
+        matrix.
     Source: the loader of Meta-Weight-Net; with meta = 0 a method that validates divides the corrupted set itself.
     """
-    classes, labels = dataset.num_classes, dataset.train_labels
+    classes = getattr(dataset.info, "num_classes", None)
+    if classes is None or "labels" not in dataset.train:
+        raise DataError(f"{dataset.name}: wrong labels are of classes, and this data set has none: leave noise out.")
+    if "true" in dataset.train:
+        raise DataError(f"{dataset.name}: its labels are wrong already, beside the true ones: leave noise out.")
+    labels = dataset.train["labels"]
     matrix = transition(kind, ratio, classes, seed)
     order = np.random.default_rng((seed, 2)).permutation(len(labels))
     apart = _balanced(labels[order], meta, classes)
@@ -100,17 +106,16 @@ def with_noise(dataset: Dataset, kind: str, ratio: float, meta: int, seed: int) 
     kept = len(true) - meta
     given = np.concatenate([corrupt(true[:kept], matrix, seed), true[kept:]])
     _check_rate(given[:kept], true[:kept], matrix)
-    return dataclasses.replace(
-        dataset, train_images=dataset.train_images[order], train_labels=given, true_labels=true, meta=meta
-    )
+    noisy = dataset.take(order)
+    return dataclasses.replace(noisy, train={**noisy.train, "labels": given, "true": true}, meta=meta)
 
 
 def wrong_share(dataset: Dataset) -> float:
     """The share of wrong labels among the training examples outside the meta set."""
-    if dataset.true_labels is None:
+    if "true" not in dataset.train:
         return 0.0
-    kept = len(dataset.train_labels) - dataset.meta
-    return float(np.mean(dataset.train_labels[:kept] != dataset.true_labels[:kept]))
+    kept = dataset.examples - dataset.meta
+    return float(np.mean(dataset.train["labels"][:kept] != dataset.train["true"][:kept]))
 
 
 def _balanced(labels: np.ndarray, meta: int, classes: int) -> np.ndarray:

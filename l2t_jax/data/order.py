@@ -1,8 +1,9 @@
-"""The order of data as a pure function of (seed, epoch, round): so a run can stop anywhere and go on bit for bit.
+"""The order of data as a pure function of (seed, round): so a run can stop anywhere and go on bit for bit. NumPy only.
 
-Legend: n examples, S stages, N unroll length, B training batch, V validation batch. NumPy only.
+Legend: n examples, S stages, N unroll length, B training batch, V validation batch.
 """
 
+import dataclasses
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -41,67 +42,104 @@ def split_sizes(n: int, validation_ratio: float) -> tuple[int, int]:
     return n - n_validation, n_validation
 
 
-def rounds_per_epoch(n_validation: int, stages: int, validation_batch_size: int) -> int:
-    """Count the rounds of an epoch, n_validation // (S V): each reads S validation batches not read before.
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """How long a run is and which examples each round reads.
 
-    Source: the released code of L2T-DLN, where an epoch is one pass over the validation part.
-    """
-    require_counts(stages=(stages, 1), validation_batch_size=(validation_batch_size, 1))
-    return n_validation // (stages * validation_batch_size)
-
-
-def check_sizes(
-    *,
-    n: int,
-    validation_ratio: float,
-    stages: int,
-    unroll_length: int,
-    batch_size: int,
-    validation_batch_size: int,
-    fixed_split: bool = False,
-    epoch_stages: int | None = None,
-) -> None:
-    """Check that n examples suffice for at least one round. For the arguments see `round_indices`.
+    Batches stream on from round to round over the training and over the validation part of an epoch, each of which is
+    shuffled anew on every pass; the incomplete last batch of a pass is dropped. An epoch is one pass over the
+    validation part: it has n_validation // (S V) rounds, each of which reads S validation batches not read before.
 
     Raises:
       ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
+
+    Source: the released code of L2T-DLN, which divides anew every epoch, where Algorithm 1 of the paper says nothing.
+    It loses one batch, and so one step, where a pass ends within a round; here every round has all its S N batches.
     """
-    epoch_stages = stages if epoch_stages is None else epoch_stages
-    sizes = {"n": n, "stages": stages, "unroll_length": unroll_length, "epoch_stages": epoch_stages}
-    sizes |= {"batch_size": batch_size, "validation_batch_size": validation_batch_size}
-    require_counts(**{name: (size, 1) for name, size in sizes.items()})
-    n_train, n_validation = split_sizes(n, validation_ratio)
-    parts = f"{n} examples at validation_ratio={validation_ratio} leave"
-    if batch_size > n_train:
-        raise ValueError(f"{parts} {n_train} for training, fewer than batch_size={batch_size}: lower one of the two.")
-    if epoch_stages * validation_batch_size > n_validation:
-        raise ValueError(
-            f"{parts} {n_validation} for validation, fewer than the {epoch_stages} x {validation_batch_size} of "
-            "one round: lower validation_batch_size or raise validation_ratio."
-        )
+
+    rounds: int  # of the whole run
+    unroll_length: int  # N
+    batch_size: int  # B
+    validation_batch_size: int  # V
+    validation_ratio: float  # part of the examples that validates
+    examples: int  # n
+    stages: int  # S
+    # the last examples, a meta set, validate in every epoch, and batches stream on over the whole run
+    fixed_split: bool = False
+    # S of the method with which this one is compared, so that both have the same epochs, and, where S N are equal, the
+    # same training batches; by default `stages`
+    epoch_stages: int | None = None
+
+    def __post_init__(self) -> None:
+        epoch_stages = self._epoch_stages
+        sizes = {"examples": self.examples, "stages": self.stages, "unroll_length": self.unroll_length}
+        sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size, "rounds": self.rounds}
+        sizes |= {"validation_batch_size": self.validation_batch_size}
+        require_counts(**{name: (size, 1) for name, size in sizes.items()})
+        n_train, n_validation = split_sizes(self.examples, self.validation_ratio)
+        parts = f"{self.examples} examples at validation_ratio={self.validation_ratio} leave"
+        if self.batch_size > n_train:
+            raise ValueError(
+                f"{parts} {n_train} for training, fewer than batch_size={self.batch_size}: lower one of the two."
+            )
+        if epoch_stages * self.validation_batch_size > n_validation:
+            raise ValueError(
+                f"{parts} {n_validation} for validation, fewer than the {epoch_stages} x {self.validation_batch_size} "
+                "of one round: lower validation_batch_size or raise validation_ratio."
+            )
+
+    @property
+    def _epoch_stages(self) -> int:
+        return self.stages if self.epoch_stages is None else self.epoch_stages
+
+    @property
+    def _validation_rounds(self) -> int:
+        """Rounds of a pass over the validation part."""
+        _, n_validation = split_sizes(self.examples, self.validation_ratio)
+        return n_validation // (self._epoch_stages * self.validation_batch_size)
+
+    @property
+    def rounds_per_epoch(self) -> int:
+        """An epoch reads the validation part once; where a meta set is kept apart, the training part."""
+        if not self.fixed_split:
+            return self._validation_rounds
+        n_train, _ = split_sizes(self.examples, self.validation_ratio)
+        return max(1, n_train // (self.stages * self.unroll_length * self.batch_size))
+
+    def of(self, stages: int) -> "Plan":
+        """The same student steps on the same training batches, in the stages that another method reads."""
+        length = self.stages * self.unroll_length // stages
+        return dataclasses.replace(self, stages=stages, unroll_length=length, epoch_stages=self._epoch_stages)
+
+    def split(self, seed: int, epoch: int) -> Split:
+        """The training and the validation part of an epoch: read-only indices, at random in every epoch.
+
+        Raises:
+          ValueError: a number is no integer of at least 0.
+        """
+        require_counts(seed=(seed, 0), epoch=(epoch, 0))
+        return _split(seed, epoch, self.examples, self.validation_ratio, self.fixed_split)
+
+    def indices(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """The examples a round reads: training indices [S, N, B] and validation indices [S, V], int32.
+
+        Args:
+          seed: of the run.
+          round: absolute, counted from 0; it may lie beyond the run's end.
+        Raises:
+          ValueError: a number is no integer of at least 0.
+        """
+        require_counts(seed=(seed, 0), round=(round, 0))
+        epoch, r = (0, round) if self.fixed_split else divmod(round, self._validation_rounds)
+        which = seed, epoch, self.examples, self.validation_ratio, self.fixed_split
+        steps = self.stages * self.unroll_length
+        train = _batches("train", r * steps, (r + 1) * steps, self.batch_size, *which)
+        validation = _batches("validation", r * self.stages, (r + 1) * self.stages, self.validation_batch_size, *which)
+        return train.reshape(self.stages, self.unroll_length, self.batch_size), validation
 
 
 @lru_cache(maxsize=32)
-def epoch_split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool = False) -> Split:
-    """Divide the n training examples into the training and validation part of an epoch.
-
-    Args:
-      seed: of the run.
-      epoch: counted from 0; every epoch has a random division of its own.
-      n: number of examples.
-      validation_ratio: part of them that validates.
-      fixed_split: always the last examples validate instead: a meta set that is kept apart.
-
-    Returns:
-      Read-only indices.
-
-    Raises:
-      ValueError: a number is none, or below 0 (n: below 1); see `split_sizes`.
-
-    Source: Algorithm 1 of L2T-DLN (NeurIPS 2023) has epochs and says nothing of a division; the released
-    code divides anew every epoch, as is done here.
-    """
-    require_counts(seed=(seed, 0), epoch=(epoch, 0))
+def _split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool) -> Split:
     n_train, _ = split_sizes(n, validation_ratio)
     order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
     return Split(order[:n_train], order[n_train:])
@@ -112,7 +150,7 @@ def _pass_order(
     part: str, seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float, fixed_split: bool
 ) -> np.ndarray:
     """The training or validation part of an epoch in the order of one pass over it."""
-    split = epoch_split(seed, epoch, n, validation_ratio, fixed_split)
+    split = _split(seed, epoch, n, validation_ratio, fixed_split)
     if part == "train":
         # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
         return split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]
@@ -134,65 +172,3 @@ def _permutation(seeds: tuple[int, ...], n: int) -> np.ndarray:
     order = np.random.default_rng(seeds).permutation(n).astype(np.int32)
     order.setflags(write=False)  # it is shared through a cache
     return order
-
-
-def round_indices(
-    seed: int,
-    round: int,
-    *,
-    n: int,
-    validation_ratio: float,
-    stages: int,
-    unroll_length: int,
-    batch_size: int,
-    validation_batch_size: int,
-    fixed_split: bool = False,
-    epoch_stages: int | None = None,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Say which examples a round reads, as a pure function of its arguments.
-
-    Batches stream on from round to round over the training and over the validation part of an epoch, each of which is
-    shuffled anew on every pass; the incomplete last batch of a pass is dropped. An epoch is one pass over the
-    validation part, unless `epoch_stages` says otherwise.
-
-    Args:
-      seed: of the run.
-      round: absolute, counted from 0.
-      n: number of training examples.
-      validation_ratio: part of them that validates, re-drawn every epoch.
-      stages: S.
-      unroll_length: N.
-      batch_size: B.
-      validation_batch_size: V.
-      fixed_split: the last examples validate in every epoch, and batches stream on over the whole run.
-      epoch_stages: S of the method with which this one is compared, so that both have the same epochs, and, where S N
-        are equal, the same training batches; by default `stages`.
-
-    Returns:
-      Training indices [S, N, B] and validation indices [S, V], int32.
-
-    Raises:
-      ValueError: see `check_sizes`; or seed or round is no integer of at least 0.
-
-    Source: the released code of L2T-DLN, which however loses one batch, and so one step, where a pass ends
-    within a round; here every round has all its S N batches.
-    """
-    require_counts(seed=(seed, 0), round=(round, 0))
-    check_sizes(
-        n=n,
-        validation_ratio=validation_ratio,
-        stages=stages,
-        unroll_length=unroll_length,
-        batch_size=batch_size,
-        validation_batch_size=validation_batch_size,
-        epoch_stages=epoch_stages,
-    )
-    _, n_validation = split_sizes(n, validation_ratio)
-    epoch, r = divmod(round, rounds_per_epoch(n_validation, epoch_stages or stages, validation_batch_size))
-    if fixed_split:
-        epoch, r = 0, round
-    which = seed, epoch, n, validation_ratio, fixed_split
-    steps = stages * unroll_length
-    train = _batches("train", r * steps, (r + 1) * steps, batch_size, *which)
-    validation = _batches("validation", r * stages, (r + 1) * stages, validation_batch_size, *which)
-    return train.reshape(stages, unroll_length, batch_size), validation

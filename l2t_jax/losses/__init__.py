@@ -4,6 +4,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
+from l2t_jax.inputs import known
 from l2t_jax.losses.adaptive_robust import adaptive_robust
 from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.checking import LossError, check_loss
@@ -50,8 +51,7 @@ def build_loss(name: str, num_classes: int, **knobs: Any) -> Loss:
     Raises:
       ValueError: an unknown name, a knob that this loss has not, or a value that is out of range.
     """
-    if name not in LOSSES:
-        raise ValueError(f"loss {name!r} is unknown; choose one of {', '.join(LOSSES)}.")
+    known(f"loss {name!r}", name, LOSSES)
     needs_classes = "num_classes" in inspect.signature(LOSSES[name]).parameters
     arguments = ({"num_classes": num_classes} if needs_classes else {}) | knobs
     try:

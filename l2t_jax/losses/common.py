@@ -51,11 +51,11 @@ def make_loss(
     return Loss(init, apply, at, **fields)
 
 
-def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
+def fixed(function: Callable[..., Array], **fields: Any) -> Callable[..., Loss]:
     """Make a builder of a `Loss` without parameters from a pure function (outputs [B, C], targets [B]) -> [B].
 
     The function's keyword-only knobs become the builder's keywords: `fixed(focal)(gamma=2.0)`. The builder raises a
-    ValueError where it is given a knob that the function has not.
+    ValueError where it is given a knob that the function has not. `fields` are of the `Loss`, e.g. the view it reads.
     """
 
     def build(**knobs: Any) -> Loss:
@@ -65,9 +65,10 @@ def fixed(function: Callable[..., Array]) -> Callable[..., Loss]:
             name = getattr(function, "__name__", "this loss")
             raise ValueError(f"{name} cannot be built with {knobs}: {error}. See its keyword arguments.") from error
         unweighted = partial(function, **knobs)
-        return make_loss(lambda params, outputs, targets: unweighted(outputs, targets), learned="no")
+        return make_loss(lambda params, outputs, targets: unweighted(outputs, targets), learned="no", **fields)
 
-    build.__doc__ = function.__doc__
+    keywords = [p for p in inspect.signature(function).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
+    build.__doc__, build.__signature__ = function.__doc__, inspect.Signature(keywords)  # type: ignore[attr-defined]
     return build
 
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.inputs import known
 from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Key, Loss, PyTree
@@ -66,13 +67,12 @@ def dln(
     The paper names neither inputs nor biases; the released code has the 4-input, bias-free form. In that form
     DLN(0) = 0, so its zero row for class y adds nothing, and leaving it out is the same function.
     """
-    for name, value, known in (
+    for name, value, names in (
         ("form", form, INPUTS),
         ("squash", squash, SQUASH),
         ("reduction", reduction, REDUCTION),
     ):
-        if value not in known:
-            raise ValueError(f"DLN {name} {value!r} is unknown; choose one of {', '.join(known)}.")
+        known(f"DLN {name} {value!r}", value, names)
     if not 0 <= compress < math.inf:
         raise ValueError(f"DLN compress {compress} must be a positive, finite number, or 0 for none.")
 

@@ -8,6 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.inputs import known
 from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.types import Array, Head, Key, Loss, PyTree
@@ -42,8 +43,7 @@ def large_margin_softmax(
     training only: a student is tested by its outputs. Their last layer has no bias; a student's own is added
     unchanged, and that the schedule scales with the run is ours too.
     """
-    if m not in MARGINS:
-        raise ValueError(f"large_margin_softmax m={m!r} is unknown; choose one of {', '.join(map(str, MARGINS))}.")
+    known(f"large_margin_softmax m={m!r}", m, MARGINS)
     for name, value in (("base", base), ("gamma", gamma), ("power", power), ("lambda_min", lambda_min)):
         if not 0 <= value < math.inf:
             raise ValueError(f"large_margin_softmax {name}={value!r} is out of range: give a finite {name} >= 0.")

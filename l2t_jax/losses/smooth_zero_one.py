@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.inputs import known
 from l2t_jax.losses.common import check_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree, unscheduled
 
@@ -25,8 +26,7 @@ def smooth_zero_one(*, k: float | None = None, form: str = "both_sides") -> Loss
     No text at hand says how the L2T papers extend it to more classes: the margin of probabilities, and thirds of the
     run in place of their search, are ours. The second form is that of the L2T-DLF demo, which has K = 50.
     """
-    if form not in FORMS:
-        raise ValueError(f"smooth_zero_one form {form!r} is unknown; choose one of {', '.join(FORMS)}.")
+    known(f"smooth_zero_one form {form!r}", form, FORMS)
     if k is not None and not k > 0:
         raise ValueError(f"smooth_zero_one k={k!r} is not positive: give k > 0, or None to raise it in the run.")
 

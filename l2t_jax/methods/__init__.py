@@ -4,10 +4,11 @@ A new method is one file here and one line in METHODS. A loss that needs no teac
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
-from l2t_jax.losses import build_loss, fixed_losses
+from l2t_jax.losses import LOSSES, build_loss, fixed_losses
 from l2t_jax.methods.ala import ala
 from l2t_jax.methods.common import on_validation, reborn, several
 from l2t_jax.methods.fixed_loss import fixed_loss
@@ -16,7 +17,7 @@ from l2t_jax.methods.l2t_dlf import l2t_dlf
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.methods.mentornet import mentornet
 from l2t_jax.methods.meta_weight_net import meta_weight_net
-from l2t_jax.methods.parts import Parts, build_teacher_optimizer, dln_arguments, sound, teacher_arguments
+from l2t_jax.methods.parts import Parts, build_teacher_optimizer, is_of_classes, sound, taught_loss, teacher_arguments
 from l2t_jax.methods.slf import slf
 from l2t_jax.teachers import build_teacher, from_optax
 from l2t_jax.types import Method, Teacher
@@ -29,17 +30,17 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
     method = l2t_dln(
         parts.student,
         parts.task,
-        sound("l2t_dln", "dln", parts.classes, **dln_arguments(parts.settings)),
+        taught_loss(parts),
         build_teacher(**teacher_arguments(parts.teacher, parts.settings)),
         parts.optimizer,
-        build_teacher_optimizer(settings, parts.rounds),
+        build_teacher_optimizer(settings, parts.plan.rounds),
         second_stage=settings.second_stage,
         reset_memory=settings.reset_memory,
         accept=settings.accept,
         learn=learn,
         **parts.shared,
     )
-    return reborn(method, parts.rounds) if settings.lives > 1 and learn else method
+    return reborn(method, parts.plan.rounds) if settings.lives > 1 and learn else method
 
 
 def _taught_by(
@@ -51,7 +52,7 @@ def _taught_by(
         method = l2t_dln(
             parts.student,
             parts.task,
-            sound(loss, loss, parts.classes),
+            sound(loss, loss, parts),
             teacher(),
             parts.optimizer,
             optax.identity(),  # an optax teacher has nothing to learn
@@ -71,13 +72,13 @@ def _single_steps(build: Callable[[Parts], Method]) -> Callable[[Parts, bool], M
 
 def _fixed(name: str) -> Callable[[Parts, bool], Method]:
     def build(parts: Parts, learn: bool) -> Method:
-        loss = sound(name, name, parts.classes)
+        loss = sound(name, name, parts)
         return fixed_loss(
             parts.student,
             parts.task,
             loss,
             parts.optimizer,
-            stages=parts.stages,
+            stages=parts.plan.stages,
             steps=parts.steps,
             axis_name=parts.axis_name,
         )
@@ -94,6 +95,7 @@ def _l2t_dlf(parts: Parts, learn: bool) -> Method:
         num_classes=parts.classes,
         steps=parts.steps,
         learn=learn,
+        **parts.knobs_of("l2t_dlf"),
         **parts.shared,
     )
 
@@ -108,29 +110,45 @@ def _ala(parts: Parts, learn: bool) -> Method:
         steps=parts.steps,
         learn=learn,
         axis_name=parts.axis_name,
+        **parts.knobs_of("ala"),
     )
 
 
 def _slf(parts: Parts) -> Method:
-    return slf(parts.student, parts.task, parts.optimizer, num_classes=parts.classes, steps=parts.steps, **parts.shared)
-
-
-def _mentornet(curriculum: str) -> Callable[[Parts], Method]:
-    return lambda parts: mentornet(
-        parts.student, parts.task, parts.optimizer, steps=parts.steps, curriculum=curriculum, **parts.shared
+    return slf(
+        parts.student,
+        parts.task,
+        parts.optimizer,
+        num_classes=parts.classes,
+        steps=parts.steps,
+        **parts.knobs_of("slf"),
+        **parts.shared,
     )
+
+
+def _meta_weight_net(parts: Parts) -> Method:
+    knobs = parts.knobs_of("meta_weight_net")
+    return meta_weight_net(parts.student, parts.task, parts.optimizer, **knobs, **parts.shared)
+
+
+def _mentornet(curriculum: str, name: str) -> Callable[[Parts], Method]:
+    def build(parts: Parts) -> Method:
+        knobs = {"steps": parts.steps, "curriculum": curriculum, **parts.knobs_of(name)}
+        return mentornet(parts.student, parts.task, parts.optimizer, **knobs, **parts.shared)
+
+    return build
 
 
 def _untaught(parts: Parts, learn: bool) -> Method:
     """The loss of L2T-DLF and ALA as it is before any teaching."""
     loss = build_loss("bilinear", parts.classes)._replace(learned="no")
-    stages, axis_name = parts.stages, parts.axis_name
+    stages, axis_name = parts.plan.stages, parts.axis_name
     return fixed_loss(parts.student, parts.task, loss, parts.optimizer, stages=stages, axis_name=axis_name)
 
 
 def _meta_only(parts: Parts) -> Method:
-    """Cross entropy on the validation batches alone."""
-    loss, axis_name = build_loss("cross_entropy", parts.classes), parts.axis_name
+    """The task's fixed loss on the validation batches alone."""
+    loss, axis_name = sound("meta_only", parts.baseline, parts), parts.axis_name
     return on_validation(fixed_loss(parts.student, parts.task, loss, parts.optimizer, axis_name=axis_name))
 
 
@@ -140,10 +158,10 @@ METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, wheth
     "l2t_dlf": _l2t_dlf,
     "ala": _ala,
     "slf": _single_steps(_slf),
-    "meta_weight_net": _single_steps(lambda p: meta_weight_net(p.student, p.task, p.optimizer, **p.shared)),
+    "meta_weight_net": _single_steps(_meta_weight_net),
     "l2rw": _single_steps(lambda p: l2rw(p.student, p.task, p.optimizer, **p.shared)),
-    "mentornet": _single_steps(_mentornet("predefined")),
-    "mentornet_data_driven": _single_steps(_mentornet("data_driven")),
+    "mentornet": _single_steps(_mentornet("predefined", "mentornet")),
+    "mentornet_data_driven": _single_steps(_mentornet("data_driven", "mentornet_data_driven")),
     "ml3": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3))),
     "adalfl": _taught_by("ml3", lambda: from_optax(optax.adam(1e-3)), single_steps=True),
     "taylor_glo": _taught_by("taylor_glo", lambda: from_optax(optax.adam(1e-3))),
@@ -151,10 +169,30 @@ METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, wheth
     "meta_only": _single_steps(_meta_only),
 }
 
+# Whose signature says what can be set of a method by name; of L2T-DLN these are the rows of the preset's sheet.
+KNOBS: dict[str, Callable[..., Any]] = {
+    "l2t_dlf": l2t_dlf,
+    "ala": ala,
+    "slf": slf,
+    "meta_weight_net": meta_weight_net,
+    "mentornet": mentornet,
+    "mentornet_data_driven": mentornet,
+    **{name: LOSSES[name] for name in fixed_losses()},
+}
 
-def method_names() -> list[str]:
-    """All that --method knows: METHODS, and the losses that need no teacher."""
-    return [*METHODS, *fixed_losses()]
+
+# Whose policy, loss or weights are of classes; the others take a task's own errors and its own loss.
+OF_CLASSES = ("l2t_dlf", "ala", "slf", "meta_weight_net", "ml3", "adalfl", "taylor_glo", "bilinear")
+
+
+def method_names(*, classes: bool | None = None) -> list[str]:
+    """Names of methods: METHODS, and the losses that need no teacher.
+
+    Args:
+      classes: those that run where rows are classified (True) or where they are not (False); by default all.
+    """
+    methods = [name for name in METHODS if classes is not False or name not in OF_CLASSES]
+    return [*methods, *(name for name in fixed_losses() if classes in (None, is_of_classes(LOSSES[name]())))]
 
 
 def build_method(name: str, parts: Parts, *, learn: bool = True) -> Method:
@@ -167,4 +205,6 @@ def build_method(name: str, parts: Parts, *, learn: bool = True) -> Method:
     Raises:
       ValueError: something of the parts does not do for it.
     """
+    if name in OF_CLASSES:
+        _ = parts.classes  # raises where there are none
     return (METHODS[name] if name in METHODS else _fixed(name))(parts, learn)

@@ -13,7 +13,7 @@ from jax import lax
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import InnerLoss, each_example, errors_of, examples_of, init_state, outer_objective
+from l2t_jax.unroll import InnerLoss, each_example, errors_of, examples_of, init_state, keys_for, outer_objective
 
 VIRTUAL = optax.sgd(1.0)  # its rate scales all weights alike, so it does not matter
 
@@ -98,7 +98,8 @@ def weighted_sum(student: Student, task: Task, axis_name: str | None = None) -> 
     """
 
     def inner(params: PyTree, batch_stats: PyTree, weights: Array, batch: Batch) -> tuple[Array, PyTree]:
-        outputs, stats = student.apply({"params": params, "batch_stats": batch_stats}, batch.inputs, True)
+        variables = {"params": params, "batch_stats": batch_stats}
+        outputs, stats = student.apply(variables, batch.inputs, True, *keys_for(student, batch))
         losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         if axis_name is None:
             return jnp.sum(weights * losses), stats

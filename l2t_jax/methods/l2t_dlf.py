@@ -11,6 +11,7 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
+from l2t_jax.inputs import known
 from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.methods.common import finite, pull_of, stage, train_stage
@@ -25,7 +26,7 @@ from l2t_jax.teachers.attention import (
     state_features,
 )
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import init_state, mean_over
+from l2t_jax.unroll import init_state, keys_for, mean_over
 
 LIVES = ("windows", "whole")
 SHARPNESS = 50.0  # of the smoothed step of the demo
@@ -114,7 +115,7 @@ def l2t_dlf(
 
     def inner(theta: PyTree, auxiliary: PyTree, tau: Attention, batch: Batch) -> tuple[Array, PyTree]:
         variables = {"params": theta, "batch_stats": auxiliary["batch_stats"]}
-        outputs, stats = student.apply(variables, batch.inputs, True)
+        outputs, stats = student.apply(variables, batch.inputs, True, *keys_for(student, batch))
         running = observe(auxiliary["running"], outputs, batch.targets, axis_name)
         losses = loss.apply(coefficients_at(tau, running), outputs, batch.targets)
         return jnp.mean(losses), {"batch_stats": stats, "running": running._replace(steps=running.steps + 1)}
@@ -189,9 +190,8 @@ def l2t_dlf(
 
 
 def _check(life: str, measure: str, **sizes: int) -> None:
-    for name, value, known in (("life", life, LIVES), ("measure", measure, MEASURES)):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
+    for name, value, names in (("life", life, LIVES), ("measure", measure, MEASURES)):
+        known(f"{name} {value!r}", value, names)
     for name, size in sizes.items():
         least = 2 if name == "num_classes" else 1
         if size < least:

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
+from l2t_jax.inputs import known
 from l2t_jax.methods.common import finite, pull_of, stage, train_stage
 from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import (
@@ -86,13 +87,12 @@ def l2t_dln(
     Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
     teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
     """
-    for name, value, known in (
+    for name, value, names in (
         ("second_stage", second_stage, STAGES),
         ("reset_memory", reset_memory, RESET),
         ("accept", accept, ACCEPT),
     ):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; choose one of {', '.join(known)}.")
+        known(f"{name} {value!r}", value, names)
     if accept == "not_worse" and second_stage == "continue":
         raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
     _check_loss(loss)

@@ -16,7 +16,7 @@ import optax
 from jax import lax
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.inputs import length_of
+from l2t_jax.inputs import known, length_of
 from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
 from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, Task
 from l2t_jax.unroll import (
@@ -26,6 +26,7 @@ from l2t_jax.unroll import (
     errors_of,
     examples_of,
     init_state,
+    keys_for,
     mean_over,
     outer_objective,
 )
@@ -247,7 +248,7 @@ def _objectives(
 
     def inner(params: PyTree, carried: Carried, phi: PyTree, given: Given) -> tuple[Array, Carried]:
         batch, variables = given.batch, {"params": params, "batch_stats": carried.batch_stats}
-        outputs, stats = student.apply(variables, batch.inputs, True)
+        outputs, stats = student.apply(variables, batch.inputs, True, *keys_for(student, batch))
         losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         weights, moving = weigh(phi, losses, carried.percentile, given.epoch)
         weights = jnp.where(given.everyone, 1, weights) * given.keep
@@ -257,8 +258,7 @@ def _objectives(
 
 
 def _check(curriculum: str, steps: int, gamma: float, dropout: Sequence[tuple[float, int]], **shares: float) -> None:
-    if curriculum not in CURRICULA:
-        raise ValueError(f"curriculum {curriculum!r} is unknown; choose one of {', '.join(CURRICULA)}.")
+    known(f"curriculum {curriculum!r}", curriculum, CURRICULA)
     if steps < 1 or gamma <= 0:
         raise ValueError(f"MentorNet's steps={steps} and gamma={gamma} must both be positive.")
     for name, share in shares.items():

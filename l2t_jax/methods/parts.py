@@ -1,11 +1,14 @@
 """What a method is composed of for one run, and the pieces of L2T-DLN that settings describe."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import optax
 
+from l2t_jax.data.order import Plan
+from l2t_jax.inputs import known
 from l2t_jax.losses import LOSSES, build_loss, check_loss
 from l2t_jax.presets import Preset
 from l2t_jax.types import Loss, Student, Task
@@ -19,32 +22,48 @@ SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # firs
 class Parts(NamedTuple):
     """What a method is composed of for one run.
 
-    Rounds, stages and unroll length are those of l2t_dln; the others take its student steps on its training batches.
+    The plan is that of l2t_dln; the others take its student steps on its training batches.
     """
 
     settings: Preset
     teacher: str  # of `TEACHERS`
     student: Student
     task: Task
+    loss: str  # of `LOSSES`: what L2T-DLN teaches
+    baseline: str  # of `LOSSES`: the task's fixed loss
     optimizer: optax.GradientTransformation  # the student's
-    classes: int  # C
-    rounds: int  # of a student's life
-    stages: int  # S
-    unroll_length: int  # N
+    plan: Plan  # rounds of a student's life, stages S and unroll length N, as L2T-DLN reads them
     memory: str = "auto"
     axis_name: str | None = None
     at_once: int = 1  # runs that a device computes side by side
     check_gradient: bool = True
+    knobs: Mapping[str, Any] = MappingProxyType({})  # of losses and methods where they differ, "NAME.KNOB": value
+
+    @property
+    def classes(self) -> int:
+        """C.
+
+        Raises:
+          ValueError: the task has no rows that are classified.
+        """
+        views = [name for name, _ in self.task.views]
+        if "rows" not in views:
+            raise ValueError(f"it is of classes, and this task has none (a loss may read its {', '.join(views)}).")
+        return self.task.outputs
+
+    def knobs_of(self, name: str) -> dict[str, Any]:
+        """What is asked for of a loss or a method: keywords of its builder."""
+        return {key.partition(".")[2]: value for key, value in self.knobs.items() if key.partition(".")[0] == name}
 
     @property
     def steps_per_round(self) -> int:
         """Student steps of a round."""
-        return self.stages * self.unroll_length
+        return self.plan.stages * self.plan.unroll_length
 
     @property
     def steps(self) -> int:
         """T, student steps of the run."""
-        return self.rounds * self.steps_per_round
+        return self.plan.rounds * self.steps_per_round
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -67,23 +86,33 @@ def dln_arguments(settings: Preset) -> dict[str, Any]:
     return {"form": settings.dln_form} | {name: getattr(settings, name) for name in knobs}
 
 
-def build_dln(settings: Preset, classes: int) -> Loss:
-    """The DLN that settings describe."""
-    return build_loss("dln", classes, **dln_arguments(settings))
-
-
 def build_teacher_optimizer(settings: Preset, rounds: int) -> optax.GradientTransformation:
     """The LSTM teacher's own optimizer, for student lives of so many rounds: a step a round, through all lives."""
     return optax.adam(SCHEDULES[settings.teacher_schedule](settings.teacher_lr, rounds * settings.lives))
 
 
-def sound(method: str, name: str, classes: int, **knobs: Any) -> Loss:
+def taught_loss(parts: Parts) -> Loss:
+    """The loss that L2T-DLN teaches: the DLN that settings describe, or what the task has in its place."""
+    knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
+    return sound("l2t_dln", parts.loss, parts, **knobs)
+
+
+def is_of_classes(loss: Loss) -> bool:
+    """Whether a loss reads rows that are classified."""
+    return loss.reads in ("rows", "head")
+
+
+def sound(method: str, name: str, parts: Parts, **knobs: Any) -> Loss:
     """A loss by name, tried out before a student is trained with it.
 
     Raises:
       LossError: what `check_loss` says of it, under the method's name.
+      ValueError: it is of classes, and the task has none.
     """
-    return _tried_once(LOSSES.get(name), method, name, classes, tuple(knobs.items()))
+    build, knobs = LOSSES[known(f"loss {name!r}", name, LOSSES)], parts.knobs_of(name) | knobs
+    if not is_of_classes(loss := build(**knobs)):  # it reads what is the task's own, when the first round is traced
+        return loss
+    return _tried_once(build, method, name, parts.classes, tuple(knobs.items()))
 
 
 @cache  # the trial compiles derivatives, and a method in two protocols has the same loss twice

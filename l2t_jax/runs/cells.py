@@ -95,5 +95,7 @@ def _method_and_seed(pair: str) -> tuple[str, int]:
 
 def complete(config: dict[str, Any]) -> dict[str, Any]:
     """A record's config with what was not yet a choice when it was written, as it was then: the defaults."""
-    defaults = {field.name: field.default for field in dataclasses.fields(Config) if field.name not in config}
+    fields = [field for field in dataclasses.fields(Config) if field.name not in config]
+    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
+    defaults = {field.name: field.default for field in fields} | made
     return defaults | config | {"settings": dataclasses.asdict(Preset()) | config["settings"]}

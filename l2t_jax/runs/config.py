@@ -1,6 +1,7 @@
 """What a run is asked for."""
 
 import dataclasses
+from typing import Any
 
 from l2t_jax.presets import Preset
 
@@ -25,9 +26,6 @@ class Config:
 
     dataset: str
     student: str
-    width: int | None
-    shortcut: str
-    head_grid: int
     methods: tuple[str, ...]
     preset: str
     teacher: str
@@ -37,6 +35,9 @@ class Config:
     settings: Preset
     noise: Noise | None = None  # None: the labels are right
     held_out: float = 0.0  # part of the training examples that is tested on in place of the test set; 0: none
+    task: str = "image_classification"  # of `l2t_jax.tasks.TASKS`
+    student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the builder's defaults
+    knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,11 +12,9 @@ import optax
 from jax.flatten_util import ravel_pytree
 
 from l2t_jax.analysis import Curvature, CurvatureError, lowest_curvature, taught_error
-from l2t_jax.data import order
-from l2t_jax.losses import build_loss
 from l2t_jax.losses.dln import surface
 from l2t_jax.methods.common import Life
-from l2t_jax.methods.parts import build_dln, teacher_arguments
+from l2t_jax.methods.parts import sound, taught_loss, teacher_arguments
 from l2t_jax.runs.setting import Setting
 from l2t_jax.teachers import build_teacher
 from l2t_jax.types import Array, Batch, Loss, Method, MethodState, PyTree, StudentState
@@ -63,16 +61,18 @@ class Instruments:
           setting, method: of the run.
           curvature_at: rounds done at which the curvature is found, which takes seconds.
         """
-        config, student, task = setting.config, setting.student, setting.task
-        self._schedule = setting.schedule.of(method)
-        dln = build_dln(config.settings, setting.dataset.num_classes)
+        config, parts = setting.config, setting.parts
+        student, task = parts.student, parts.task
+        self._plan = setting.parts.plan.of(method.stages)
+        dln = taught_loss(parts)
         teacher = build_teacher(**teacher_arguments(config.teacher, config.settings))
-        fixed = build_loss("cross_entropy", setting.dataset.num_classes)
+        fixed = sound("cross_entropy", "cross_entropy", parts)
         outer = outer_objective(student, task)
-        length = self._schedule.unroll_length
+        tests = len(jax.tree.leaves(setting.dataset.test)[0])
+        length = self._plan.unroll_length
 
         def steps(loss: Loss) -> Any:
-            step = student_step(plain_gradient(inner_objective(student, task, loss)), setting.optimizer)
+            step = student_step(plain_gradient(inner_objective(student, task, loss)), parts.optimizer)
             return lambda params, state, batches: unroll(step, state, params, batches)[0]
 
         taught, untaught = steps(dln), steps(fixed)
@@ -88,7 +88,7 @@ class Instruments:
 
         def by_position(phi: PyTree, state: StudentState, batches: Batch, validation: Batch) -> PyTree:
             """The hypergradient with a DLN of its own for every step, leaves [N, ...]: the parts sum to the whole."""
-            step = student_step(plain_gradient(inner_objective(student, task, dln)), setting.optimizer)
+            step = student_step(plain_gradient(inner_objective(student, task, dln)), parts.optimizer)
 
             def error(phis: PyTree) -> Array:
                 end, _ = jax.lax.scan(lambda carry, x: step(carry, *x), state, (phis, batches))
@@ -112,7 +112,7 @@ class Instruments:
         ) -> dict[str, Array]:
             phi, theta = state.loss, state.student
             batches, first = task.gather(data, train, None), task.gather(data, train[:length], None)
-            judge = task.gather(held, jnp.arange(min(HELD_OUT, len(setting.dataset.test_labels))), None)
+            judge = task.gather(held, jnp.arange(min(HELD_OUT, tests)), None)
             values = surface(phi, config.settings.squash, POINTS, config.settings.compress)
             whole = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), first)  # the examples of N steps as one batch
             under_dln, under_ce = gradient(dln, phi, theta, whole), gradient(fixed, {}, theta, whole)
@@ -148,20 +148,19 @@ class Instruments:
 
         def curvature(data: PyTree, state: MethodState, train: Any, validation: Any) -> Curvature:
             data_of = (task.gather(data, train[:length], None), task.gather(data, validation, None))
-            objective = taught_error(student, task, dln, setting.optimizer, state.student, *data_of)
+            objective = taught_error(student, task, dln, parts.optimizer, state.student, *data_of)
             return lowest_curvature(objective, state.student.params, state.loss, jax.random.key(0))
 
-        self._data, self._held = jax.device_put(setting.dataset.training), jax.device_put(setting.dataset.test)
+        self._data, self._held = jax.device_put(setting.dataset.train), jax.device_put(setting.dataset.test)
         self._look, self._curvature, self._curvature_at = jax.jit(look), curvature, curvature_at
         self._steps_per_round = length * method.steps_per_round
 
     def __call__(self, seed: int, done: int, state: PyTree) -> dict[str, float]:
         """Measure the state of a seed after so many rounds."""
-        sizes = self._schedule.sizes
-        ahead = [order.round_indices(seed, done + k, **sizes) for k in range(HORIZONS[-1])]
+        ahead = [self._plan.indices(seed, done + k) for k in range(HORIZONS[-1])]
         train = np.concatenate([indices[0] for indices, _ in ahead])  # [K N, B], of the first stage of each round
-        epoch = max(done - 1, 0) // self._schedule.rounds_per_epoch
-        split = order.epoch_split(seed, epoch, sizes["n"], sizes["validation_ratio"], sizes["fixed_split"])
+        epoch = max(done - 1, 0) // self._plan.rounds_per_epoch
+        split = self._plan.split(seed, epoch)
         found = self._look(self._data, self._held, state, train, ahead[0][1][0], split.validation[:HELD_OUT])
         row: dict[str, float] = {"student_steps": done * self._steps_per_round}
         for name, value in jax.device_get(found).items():

@@ -26,13 +26,13 @@ class Observer:
 
     def __init__(self, setting: Setting, method: Method) -> None:
         """Take the examples; compiles one function for all states of the method."""
-        dataset, task, student = setting.dataset, setting.task, setting.student
-        data = jax.device_put(dataset.training)
-        kept = len(dataset.train_labels) - dataset.meta
+        dataset, task, student = setting.dataset, setting.parts.task, setting.parts.student
+        data = jax.device_put(dataset.train)
+        kept = dataset.examples - dataset.meta
         batch = task.gather(data, jnp.arange(min(EXAMPLES, kept)), None)
         # Without a meta set the validation batch is corrupted too: any examples of the same kind.
-        held = setting.schedule.validation_batch_size
-        validation = task.gather(data, jnp.arange(len(dataset.train_labels) - held, len(dataset.train_labels)), None)
+        held = setting.parts.plan.validation_batch_size
+        validation = task.gather(data, jnp.arange(dataset.examples - held, dataset.examples), None)
 
         def look(state: MethodState, batch: Batch, validation: Batch) -> dict[str, Array]:
             outputs, _ = student.apply(state.student.variables, batch.inputs, False)
@@ -53,7 +53,7 @@ class Observer:
         if axis is not None:  # of one device: there a method's means over the devices are means over one
             look = jax.vmap(look, in_axes=None, axis_size=1, axis_name=axis)
         self._look = jax.jit(lambda state: look(state, batch, validation))
-        self._steps_per_round = setting.schedule.of(method).unroll_length * method.steps_per_round
+        self._steps_per_round = setting.parts.plan.of(method.stages).unroll_length * method.steps_per_round
 
     def __call__(self, seed: int, done: int, state: PyTree) -> dict[str, float]:
         """Observe the state after so many rounds."""

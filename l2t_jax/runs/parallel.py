@@ -20,6 +20,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from l2t_jax.inputs import known
 from l2t_jax.types import Array, Key, MethodState, PyTree
 
 AXIS = "devices"  # the mapped axis over which batches are divided
@@ -60,8 +61,7 @@ class Layout:
     shard: str = "batch"
 
     def __post_init__(self) -> None:
-        if self.shard not in SHARDS:
-            raise ParallelError(f"shard {self.shard!r} is unknown; choose one of {', '.join(SHARDS)}.")
+        known(f"shard {self.shard!r}", self.shard, SHARDS, ParallelError)
         if self.seeds < 1 or self.devices < 1:
             raise ParallelError(f"{self.seeds} seeds on {self.devices} devices: both must be at least 1.")
 

@@ -44,7 +44,8 @@ def write_json(path: str | Path, obj: Any) -> None:
 def read_record(path: str | Path) -> dict[str, Any]:
     """Read the record of a run (summary.json), whenever it was written.
 
-    Records of before tasks had a headline of their own hold `test_accuracy` in place of `metric` and `score`.
+    Records of before tasks had a headline of their own hold `test_accuracy` in place of `metric` and `score`, and the
+    knobs of students as fields of the config.
 
     Raises:
       OSError: it is not there.
@@ -54,6 +55,12 @@ def read_record(path: str | Path) -> dict[str, Any]:
     if not isinstance(record, dict):
         raise ValueError(f"{path} is a {type(record).__name__}, expected the record of a run.")
     record.setdefault("metric", Metric("accuracy", "%")._asdict())
+    record.setdefault("baseline", "cross_entropy")
+    config = record.get("config", {})
+    if "width" in config:
+        was = {"width": None, "shortcut": "a", "head_grid": 1}  # the defaults
+        given = {name: config.pop(name) for name in was}
+        config["student_knobs"] = {name: value for name, value in given.items() if value != was[name]}
     for method in record.get("methods", {}).values():
         if "test_accuracy" in method:
             method["score"] = method.pop("test_accuracy")

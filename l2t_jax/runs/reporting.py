@@ -17,7 +17,7 @@ from rich.table import Table
 from l2t_jax.losses.dln import Layer, surface
 from l2t_jax.runs import plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
-from l2t_jax.runs.setting import Entry, Setting, example_inputs
+from l2t_jax.runs.setting import Entry, Setting
 from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.types import PyTree
@@ -54,7 +54,7 @@ def reason(outcome: Outcome | str) -> str | None:
 
 
 def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict[str, Any]:
-    config, schedule, metric = setting.config, setting.schedule, setting.task.metric
+    config, plan, metric = setting.config, setting.parts.plan, setting.parts.task.metric
     test = jax.device_put(setting.dataset.test)
     methods = {}
     for entry in entries:
@@ -66,7 +66,7 @@ def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict
                 name: statistics([None if found is None else found[name] for found in scores])
                 for name in sorted(set().union(*(found for found in scores if found)))
             },
-            "student_steps": schedule.rounds * schedule.of(entry.method).unroll_length * entry.method.steps_per_round,
+            "student_steps": plan.rounds * plan.of(entry.method.stages).unroll_length * entry.method.steps_per_round,
             "learned_parameters": _learned(setting, entry),
             "rounds": setting.rounds_of(entry),
             "wall_time_s": sum(outcome.wall_time_s for _, outcome in results if isinstance(outcome, Outcome)),
@@ -75,12 +75,13 @@ def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict
     return {
         "methods": methods,
         "metric": metric._asdict(),
+        "baseline": setting.parts.baseline,
         "dataset": config.dataset,
         "student": config.student,
         "student_parameters": _parameters(setting),
         "preset": config.preset,
         "teacher": config.teacher,
-        "unroll_length": schedule.unroll_length,
+        "unroll_length": plan.unroll_length,
         "seeds": list(config.seeds),
         "written": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }
@@ -99,18 +100,18 @@ def statistics(per_seed: list[float | None]) -> dict[str, Any]:
 def _scores(setting: Setting, outcome: Outcome | str, test: PyTree) -> dict[str, float] | None:
     if reason(outcome) or isinstance(outcome, str):
         return None
-    return evaluate(setting.student, outcome.state.student.variables, test, setting.task)
+    return evaluate(setting.parts.student, outcome.state.student.variables, test, setting.parts.task)
 
 
 def _learned(setting: Setting, entry: Entry) -> dict[str, int]:
     """How many numbers the loss and the teacher of a method have."""
-    state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
+    state = jax.eval_shape(entry.method.init, jax.random.key(0), setting.inputs)
     count = lambda tree: sum(leaf.size for leaf in jax.tree.leaves(tree))  # noqa: E731
     return {"loss": count(state.loss), "teacher": count(state.teacher)}
 
 
 def _parameters(setting: Setting) -> int:
-    variables = jax.eval_shape(setting.student.init, jax.random.key(0), example_inputs(setting.dataset))
+    variables = jax.eval_shape(setting.parts.student.init, jax.random.key(0), setting.inputs)
     return sum(leaf.size for leaf in jax.tree.leaves(variables["params"]))
 
 
@@ -186,6 +187,8 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
         percentage = f"{100 * done / config['rounds']:.0f} % (round {done})"
         share = {0: "start", config["rounds"]: "end"}.get(done, percentage)
         arrays = load_arrays(path)
+        if "0/kernel" not in arrays:  # what another task teaches in the DLN's place
+            return
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())

@@ -26,7 +26,7 @@ from l2t_jax.runs.records import (
     tensorboard_writer,
 )
 from l2t_jax.runs.reporting import Outcomes, reason, report
-from l2t_jax.runs.setting import Entry, Setting, example_inputs
+from l2t_jax.runs.setting import Entry, Setting
 from l2t_jax.runs.training import Run, compile_rounds, train
 from l2t_jax.types import MethodState, PyTree
 
@@ -72,7 +72,7 @@ Instrument = Callable[[int, int, PyTree], dict[str, float]]
 
 def watch_labels(setting: Setting, entry: Entry) -> Instrument | None:
     """What is made of wrong labels, where there are any."""
-    return None if setting.dataset.true_labels is None else Observer(setting, entry.method)
+    return Observer(setting, entry.method) if "true" in setting.dataset.train else None
 
 
 def run_entries(
@@ -100,7 +100,7 @@ def run_entries(
         require_tensorboard()
     taught = _taught_elsewhere(setting, entries)
     record = dataclasses.asdict(config) | {
-        "rounds": setting.schedule.rounds,
+        "rounds": setting.parts.plan.rounds,
         "dataset_sha256": setting.dataset.sha256,
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
@@ -160,10 +160,9 @@ def _train_entry(
     instrument: Instrument | None,
 ) -> Outcomes:
     """Train one entry for every seed; an outcome is a string where the run could not even begin."""
-    dataset = setting.dataset
-    program = compile_rounds(entry.method, setting.task, dataset.augment, setting.layout)
-    data = program.data(dataset.training)
-    schedule = dataclasses.replace(setting.schedule.of(entry.method), rounds=setting.rounds_of(entry))
+    program = compile_rounds(entry.method, setting.parts.task, setting.layout)
+    data = program.data(setting.dataset.train)
+    plan = dataclasses.replace(setting.parts.plan.of(entry.method.stages), rounds=setting.rounds_of(entry))
     outcomes: Outcomes = {}
     ready = []
     for seed in setting.config.seeds:
@@ -182,7 +181,7 @@ def _train_entry(
             _run(setting, entry, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
             for seed, teacher in members
         ]
-        trained = train(runs, schedule, program, data, stop)
+        trained = train(runs, plan, program, data, stop)
         for run, outcome in zip(runs, trained, strict=True):
             if run.checkpoints is not None:
                 run.checkpoints.close()
@@ -206,7 +205,7 @@ def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str,
     trained_teachers.check(source, setting.config)
     for entry in entries:
         if entry.teacher_of is not None:
-            state = jax.eval_shape(entry.method.init, jax.random.key(0), example_inputs(setting.dataset))
+            state = jax.eval_shape(entry.method.init, jax.random.key(0), setting.inputs)
             for seed in setting.config.seeds:
                 found[(entry.teacher_of, seed)] = trained_teachers.load(source, entry.teacher_of, seed, state.teacher)
     return found
@@ -215,7 +214,7 @@ def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str,
 def _initial(setting: Setting, entry: Entry, seed: int, teacher: PyTree | None) -> MethodState:
     """The state at round 0, with the trained teacher where one is taken over."""
     stream = FRESH if entry.teacher_of is None else TRANSFER
-    state = entry.method.init(jax.random.fold_in(jax.random.key(seed), stream), example_inputs(setting.dataset))
+    state = entry.method.init(jax.random.fold_in(jax.random.key(seed), stream), setting.inputs)
     return state if teacher is None else state._replace(teacher=teacher)
 
 
@@ -229,7 +228,7 @@ def _run(
     instrument: Instrument | None,
 ) -> Run:
     """One run and where it is kept: nowhere in a process that is not the leader."""
-    name, rounds, life = entry.name, setting.rounds_of(entry), setting.schedule.rounds
+    name, rounds, life = entry.name, setting.rounds_of(entry), setting.parts.plan.rounds
     # As in Figure 3: start, 20 %, 50 %, end; of several lives those of the last.
     moments = {0, *(rounds - life + done for done in (life // 5, life // 2, life))}
     observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if instrument else set()

@@ -1,19 +1,20 @@
-"""What the entries of an experiment share: data, student, task, schedule, layout."""
+"""What the entries of an experiment share: data, student, task, plan, layout."""
 
 import dataclasses
 import inspect
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from l2t_jax import data
-from l2t_jax.data import Dataset
+from l2t_jax.data import Dataset, at, hold_out
 from l2t_jax.data.noise import with_noise
+from l2t_jax.data.order import Plan
+from l2t_jax.knobs import knobs_of
 from l2t_jax.methods import TAUGHT, build_method
 from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.methods.parts import SCHEDULES, Parts
@@ -22,10 +23,9 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
-from l2t_jax.runs.training import Schedule
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks.image_classification import image_classification
-from l2t_jax.types import Array, Method, Student, Task
+from l2t_jax.tasks import TASKS, load
+from l2t_jax.types import Array, Batch, Key, Method, PyTree, Student, Task
 
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
 
@@ -45,15 +45,13 @@ class Setting(NamedTuple):
     config: Config
     options: Options
     dataset: Dataset
-    student: Student
-    task: Task
-    schedule: Schedule
     layout: Layout
-    optimizer: optax.GradientTransformation  # the student's
+    parts: Parts  # student, task, plan, ...: what methods are composed of
+    inputs: PyTree  # [2, ...] of zeros: what a student is initialised with
 
     def rounds_of(self, entry: Entry) -> int:
         """Rounds of a run of this entry, over all its students' lives."""
-        return self.schedule.rounds * entry.lives
+        return self.parts.plan.rounds * entry.lives
 
 
 def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[Setting, list[Entry]]:
@@ -65,24 +63,29 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     layout = parallel.layout_of(len(config.seeds), options.devices, options.shard, options.seeds_at_once)
     sizes = {name: getattr(config.settings, name) for name in ("batch_size", "validation_batch_size")}
     parallel.check(layout, **sizes)
-    task, student = image_classification(dataset), build_student(config, dataset, layout.axis_name)
-    schedule = build_schedule(config, dataset)
-    optimizer = build_optimizer(config.settings, schedule.rounds * schedule.stages * schedule.unroll_length)
+    spec = TASKS[config.task]
+    task = spec.build(dataset)
+    inputs = example_inputs(task, dataset)
+    student = build_student(config, task, inputs, layout.axis_name)
+    if student.draws:
+        task = with_keys(task)
+    plan = build_plan(config, dataset)
+    optimizer = build_optimizer(config.settings, plan.rounds * plan.stages * plan.unroll_length)
     parts = Parts(
         settings=config.settings,
         teacher=config.teacher,
         student=student,
         task=task,
+        loss=spec.loss,
+        baseline=spec.baseline,
+        knobs=config.knobs,
         optimizer=optimizer,
-        classes=dataset.num_classes,
-        rounds=schedule.rounds,
-        stages=schedule.stages,
-        unroll_length=schedule.unroll_length,
+        plan=plan,
         memory=config.memory,
         axis_name=layout.axis_name,
         at_once=layout.seeds,
     )
-    setting = Setting(config, options, dataset, student, task, schedule, layout, optimizer)
+    setting = Setting(config, options, dataset, layout, parts, inputs)
     return setting, build_entries(config.methods, parts, options.teacher_from is not None)
 
 
@@ -107,24 +110,20 @@ def build_entries(methods: Sequence[str], parts: Parts, elsewhere: bool = False)
     return entries
 
 
-def build_student(config: Config, dataset: Dataset, axis_name: str | None = None) -> Student:
-    """The student that the flags describe, once it is sure to fit the data set's images."""
+def build_student(config: Config, task: Task, inputs: PyTree, axis_name: str | None = None) -> Student:
+    """The student that the flags describe, once it is sure to fit inputs [2, ...] of the data set."""
     build = STUDENTS[config.student]
-    parameters = inspect.signature(build).parameters
-    given: dict[str, Any] = {"width": config.width, "shortcut": config.shortcut, "head_grid": config.head_grid}
-    default = {"width": None, "shortcut": "a", "head_grid": 1}
-    asked = {name: value for name, value in given.items() if value != default[name]}
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name, value in asked.items():
-        if name not in parameters and not takes_all:
-            has = ", ".join(f"--{other}" for other in given if other in parameters) or "none of these knobs"
+    has = knobs_of(build)
+    for name, value in config.student_knobs.items():
+        if name not in has:
+            told = ", ".join(f"--{other}" for other in has) or "none of these knobs"
             raise UsageError(
-                f"--{name}={value} is no knob of --student={config.student}, which has {has}: leave it out."
+                f"--{name}={value} is no knob of --student={config.student}, which has {told}: leave it out."
             )
-    knobs = asked | ({"axis_name": axis_name} if "axis_name" in parameters else {})
+    axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
     try:
-        student = build(num_classes=dataset.num_classes, **knobs)
-        jax.eval_shape(student.init, jax.random.key(0), example_inputs(dataset))
+        student = build(num_classes=task.outputs, **config.student_knobs, **axis)
+        jax.eval_shape(student.init, jax.random.key(0), inputs)
     except ValueError as error:
         raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
     return student
@@ -136,11 +135,11 @@ def build_optimizer(settings: Preset, steps: int) -> optax.GradientTransformatio
     return optax.chain(clip_by_global_norm(settings.student_clip), sgd) if settings.student_clip else sgd
 
 
-def build_schedule(config: Config, dataset: Dataset) -> Schedule:
+def build_plan(config: Config, dataset: Dataset) -> Plan:
     """How long the run is and what a round reads; a meta set takes the place of the division into two parts."""
-    settings, examples = config.settings, len(dataset.train_labels)
+    settings, examples = config.settings, dataset.examples
     try:
-        schedule = Schedule(
+        plan = Plan(
             rounds=config.rounds or 1,
             unroll_length=settings.unroll_length,
             batch_size=settings.batch_size,
@@ -152,7 +151,7 @@ def build_schedule(config: Config, dataset: Dataset) -> Schedule:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return dataclasses.replace(schedule, rounds=config.rounds or settings.epochs * schedule.rounds_per_epoch)
+    return dataclasses.replace(plan, rounds=config.rounds or settings.epochs * plan.rounds_per_epoch)
 
 
 def prepare(config: Config, options: Options) -> Dataset:
@@ -161,11 +160,13 @@ def prepare(config: Config, options: Options) -> Dataset:
     Raises:
       DataError: it is not there, or cannot be divided or corrupted as asked.
     """
-    dataset = data.hold_out(data.load(config.dataset, options.data_dir, options.download), config.held_out)
+    spec = TASKS[config.task]
+    dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
+    dataset = hold_out(dataset, config.held_out, strata=spec.strata and spec.strata(dataset))
     noise = config.noise
     if noise is None:
         return dataset
-    default = META if len(dataset.train_labels) >= FEW else META // 10
+    default = META if dataset.examples >= FEW else META // 10
     return with_noise(dataset, noise.kind, noise.ratio, default if noise.meta is None else noise.meta, noise.seed)
 
 
@@ -177,6 +178,21 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def example_inputs(dataset: Dataset) -> Array:
-    """Inputs [2, H, W, c] of the right shape, for a student's initialisation."""
-    return jnp.zeros((2, *dataset.train_images.shape[1:]))
+def example_inputs(task: Task, dataset: Dataset) -> PyTree:
+    """Inputs [2, ...] of the right shapes and dtypes, all zero, for a student's initialisation."""
+    batch = jax.eval_shape(lambda examples: task.gather(examples, jnp.arange(2), None), at(dataset.train, slice(2)))
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch.inputs)
+
+
+def with_keys(task: Task) -> Task:
+    """A task whose batches carry the keys of what a student draws, beside those that its own gather draws by."""
+
+    def gather(data: PyTree, indices: Array, keys: Key | None) -> Batch:
+        batch = task.gather(data, indices, keys if task.draws else None)
+        # Another stream than that of gather, which may use the keys as they are.
+        return batch if keys is None else batch._replace(key=jax.vmap(fold)(keys.ravel()).reshape(keys.shape))
+
+    def fold(key: Key) -> Key:
+        return jax.random.fold_in(key, 1)
+
+    return task._replace(gather=gather, draws=True)

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from l2t_jax.data import order
+from l2t_jax.data.order import Plan
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
 from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
@@ -21,45 +21,6 @@ from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
 MOST_ROUNDS = 32  # a dispatch runs at most this many rounds
 RANDOM_DRAWS = 0  # what a seed's key is folded with for draws during training; other numbers are free for others
 SECONDS_PER_DISPATCH = 1.0  # and about this long, so that progress is seen and an interruption costs little
-
-
-@dataclasses.dataclass(frozen=True)
-class Schedule:
-    """How long a run is and which examples a round reads. Sizes in examples, `rounds` over the whole run."""
-
-    rounds: int
-    unroll_length: int
-    batch_size: int
-    validation_batch_size: int
-    validation_ratio: float
-    examples: int
-    stages: int
-    fixed_split: bool = False  # a meta set kept apart, the last examples, instead of a division anew every epoch
-    epoch_stages: int | None = None  # see `order.round_indices`
-
-    def __post_init__(self) -> None:
-        order.check_sizes(**self.sizes)
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """What the order of data depends on, beside the seed and the round."""
-        fields = dataclasses.asdict(self)
-        return {("n" if name == "examples" else name): value for name, value in fields.items() if name != "rounds"}
-
-    @property
-    def rounds_per_epoch(self) -> int:
-        """An epoch reads the validation part once; where a meta set is kept apart, the training part."""
-        train, validation = order.split_sizes(self.examples, self.validation_ratio)
-        if self.fixed_split:
-            return max(1, train // (self.stages * self.unroll_length * self.batch_size))
-        return order.rounds_per_epoch(validation, self.epoch_stages or self.stages, self.validation_batch_size)
-
-    def of(self, method: Method) -> "Schedule":
-        """The same student steps on the same training batches, in the stages that a method reads."""
-        length = self.stages * self.unroll_length // method.stages
-        return dataclasses.replace(
-            self, stages=method.stages, unroll_length=length, epoch_stages=self.epoch_stages or self.stages
-        )
 
 
 class Failure(NamedTuple):
@@ -97,12 +58,12 @@ class Outcome(NamedTuple):
     failure: Failure | None
 
 
-def compile_rounds(method: Method, task: Task, augment: bool, layout: Layout = ONE) -> Program:
+def compile_rounds(method: Method, task: Task, layout: Layout = ONE) -> Program:
     """Compile several rounds of a method, for as many runs as the layout holds, into one dispatch."""
-    return Program(some_rounds(method, task, augment, axis_name=layout.axis_name), layout)
+    return Program(some_rounds(method, task, axis_name=layout.axis_name), layout)
 
 
-def some_rounds(method: Method, task: Task, augment: bool, *, axis_name: str | None = None) -> Rounds:
+def some_rounds(method: Method, task: Task, *, axis_name: str | None = None) -> Rounds:
     """Build several rounds of one run.
 
     Returns:
@@ -116,7 +77,7 @@ def some_rounds(method: Method, task: Task, augment: bool, *, axis_name: str | N
         key = jax.random.wrap_key_data(dispatch.key)
         keys = jax.random.split(jax.random.fold_in(key, dispatch.round[r]))
         train, validation = (
-            task.gather(data, x, keys_of(k, x, axis_name) if augment else None)
+            task.gather(data, x, keys_of(k, x, axis_name) if task.draws else None)
             for k, x in zip(keys, (dispatch.train[r], dispatch.validation[r]), strict=True)
         )
         return method.round(state, RoundBatches(train, validation, dispatch.first_of_epoch[r]))
@@ -156,20 +117,20 @@ class _Progress:
     spent: float
     failure: Failure | None = None
 
-    def active(self, schedule: Schedule) -> bool:
-        return self.failure is None and self.done < schedule.rounds
+    def active(self, plan: Plan) -> bool:
+        return self.failure is None and self.done < plan.rounds
 
-    def count(self, wanted: int, schedule: Schedule) -> int:
+    def count(self, wanted: int, plan: Plan) -> int:
         """How many of the wanted rounds it takes: none past its next snapshot, none once it has ended."""
-        if not self.active(schedule):
+        if not self.active(plan):
             return 0
-        until = min(stop for stop in (*self.run.snapshot_rounds, schedule.rounds) if stop > self.done)
+        until = min(stop for stop in (*self.run.snapshot_rounds, plan.rounds) if stop > self.done)
         return min(wanted, until - self.done)
 
 
 def train(
     runs: list[Run],
-    schedule: Schedule,
+    plan: Plan,
     program: Program,
     data: PyTree,
     stopped: Callable[[], bool] = lambda: False,
@@ -178,7 +139,7 @@ def train(
 
     Args:
       runs: see `Run`; at most as many as the program's layout holds.
-      schedule: see `Schedule`.
+      plan: see `Plan`.
       program: of `compile_rounds`; may serve any number of groups of runs.
       data: the training examples, of `program.data`.
       stopped: asked after every dispatch; where it says so in any process, all is saved and the work ends.
@@ -195,35 +156,35 @@ def train(
         member.run.progress(member.done, None)
     saved_at = time.monotonic()
     durations: list[float] = []
-    while active := [i for i, member in enumerate(group) if member.active(schedule)]:
+    while active := [i for i, member in enumerate(group) if member.active(plan)]:
         begin = time.monotonic()
         wanted = int(from_leader(np.int32(_wanted(durations))))  # clocks differ
-        dispatches = [_dispatch(m.run.seed, m.done, m.count(wanted, schedule), schedule) for m in group]
+        dispatches = [_dispatch(m.run.seed, m.done, m.count(wanted, plan), plan) for m in group]
         states, metrics, finished = program(states, data, dispatches)
         elapsed = time.monotonic() - begin
         durations.append(elapsed / max(finished))
         for i in active:
             group[i].spent += elapsed / len(active)
-            _note(group[i], schedule, metrics[i], finished[i])
+            _note(group[i], plan, metrics[i], finished[i])
         good = [i for i in active if group[i].failure is None]
         stop = anywhere(stopped())
         due = stop or time.monotonic() - saved_at >= runs[0].checkpoint_seconds
         snapshots = [i for i in good if group[i].done in group[i].run.snapshot_rounds]
-        saves = [i for i in good if due or group[i].done == schedule.rounds]
+        saves = [i for i in good if due or group[i].done == plan.rounds]
         fetched = program.take(states) if snapshots or saves else []
         for i in snapshots:
             group[i].run.snapshot(group[i].done, fetched[i])
         for i in saves:
             _save(group[i], fetched[i])
         saved_at = time.monotonic() if due else saved_at
-        if stop and any(member.active(schedule) for member in group):
+        if stop and any(member.active(plan) for member in group):
             raise StoppedError
     return [_outcome(member, state) for member, state in zip(group, program.take(states), strict=False)]
 
 
-def _note(member: _Progress, schedule: Schedule, metrics: dict[str, Any], count: int) -> None:
+def _note(member: _Progress, plan: Plan, metrics: dict[str, Any], count: int) -> None:
     """Write the rows of a dispatch."""
-    rows, member.failure = _rows(member.run, schedule, member.done, metrics, count)
+    rows, member.failure = _rows(member.run, plan, member.done, metrics, count)
     member.run.write(rows)
     member.done += count
     member.run.progress(member.done, rows[-1])
@@ -268,21 +229,21 @@ def _wanted(durations: list[float]) -> int:
     return max(1, min(wanted, MOST_ROUNDS))
 
 
-def _dispatch(seed: int, done: int, count: int, schedule: Schedule) -> Dispatch:
+def _dispatch(seed: int, done: int, count: int, plan: Plan) -> Dispatch:
     rounds = done + np.arange(MOST_ROUNDS)
-    indices = [order.round_indices(seed, int(r), **schedule.sizes) for r in rounds[: max(count, 1)]]
+    indices = [plan.indices(seed, int(r)) for r in rounds[: max(count, 1)]]
     train, validation = (np.stack([both[i] for both in indices]) for i in (0, 1))
     pad = lambda x: np.concatenate([x, np.zeros((MOST_ROUNDS - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
-    first = rounds % schedule.rounds_per_epoch == 0
+    first = rounds % plan.rounds_per_epoch == 0
     key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), RANDOM_DRAWS)))
     return Dispatch(pad(train), pad(validation), rounds.astype(np.int32), first, np.int32(count), key)
 
 
 def _rows(
-    run: Run, schedule: Schedule, done: int, metrics: dict[str, Any], count: int
+    run: Run, plan: Plan, done: int, metrics: dict[str, Any], count: int
 ) -> tuple[list[dict[str, Any]], Failure | None]:
     """Turn a dispatch's metrics (leaves [R, ...]) into rows, a line a round; the last one may be where it failed."""
-    steps = schedule.unroll_length * schedule.stages
+    steps = plan.unroll_length * plan.stages
     rows, failure = [], None
     for i in range(count):
         finite = {stage: all(bool(x[i]) for x in jax.tree.leaves(tree)) for stage, tree in metrics["finite"].items()}
@@ -291,7 +252,7 @@ def _rows(
                 "method": run.name,
                 "seed": run.seed,
                 "round": done + i,
-                "epoch": (done + i) // schedule.rounds_per_epoch,
+                "epoch": (done + i) // plan.rounds_per_epoch,
                 "student_steps": (done + i + 1) * steps,
                 **{name: float(x[i]) for name, x in metrics.items() if name != "finite"},
                 "finite": finite,

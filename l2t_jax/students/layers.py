@@ -19,7 +19,7 @@ he_normal = nn.initializers.variance_scaling(2.0, "fan_in", "normal")
 LAST = "output"  # the name of every student's last layer
 
 
-def from_linen(module: nn.Module) -> Student:
+def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     """Turn a flax.linen module with the call (inputs, train) into a `Student`.
 
     Parameters and batch statistics take the dtype of the inputs, so a float64 run is float64 throughout:
@@ -28,6 +28,7 @@ def from_linen(module: nn.Module) -> Student:
 
     Args:
       module: maps inputs [B, ...], floats or int32 ids, and a Python bool `train` to outputs [B, C].
+      draws: the module draws at random in training: its call takes keys [B] or None as a third argument, for `dropout`.
 
     Returns:
       A student. `init(key, inputs)` gives {"params", "batch_stats"}, the latter {} without BatchNorm;
@@ -52,15 +53,17 @@ def from_linen(module: nn.Module) -> Student:
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
-    def apply(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Array, PyTree]:
-        old = variables["batch_stats"]
+    def apply(
+        variables: dict[str, PyTree], inputs: Array, train: bool, keys: Key | None = None
+    ) -> tuple[Array, PyTree]:
+        old, drawn = variables["batch_stats"], (keys,) if draws else ()
         if not train or not old:
-            return cast(Array, module.apply(variables, inputs, train)), old
-        outputs, updated = module.apply(variables, inputs, True, mutable=["batch_stats"])
+            return cast(Array, module.apply(variables, inputs, train, *drawn)), old
+        outputs, updated = module.apply(variables, inputs, True, *drawn, mutable=["batch_stats"])
         # linen reduces half precision in float32; the carry of a scan keeps its dtype.
         return outputs, jax.tree.map(lambda a, b: a.astype(b.dtype), updated["batch_stats"], old)
 
-    def head(variables: dict[str, PyTree], inputs: Array, train: bool) -> tuple[Head, PyTree]:
+    def head(variables: dict[str, PyTree], inputs: Array, train: bool, keys: Key | None = None) -> tuple[Head, PyTree]:
         features: list[Array] = []
 
         def keep(call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -69,7 +72,7 @@ def from_linen(module: nn.Module) -> Student:
             return call(*args, **kwargs)
 
         with nn.intercept_methods(keep):
-            _, stats = apply(variables, inputs, train)
+            _, stats = apply(variables, inputs, train, keys)
         last = variables["params"].get(LAST, {})
         if not (features and {"kernel", "bias"} <= set(last)):
             raise ValueError(
@@ -78,7 +81,24 @@ def from_linen(module: nn.Module) -> Student:
             )
         return Head(features[0], last["kernel"], last["bias"]), stats
 
-    return Student(init, apply, head)
+    return Student(init, apply, head, draws)
+
+
+def dropout(x: Array, rate: float, keys: Key | None, place: int) -> Array:
+    """Set each entry to zero with probability `rate`, and scale the others by 1 / (1 - rate).
+
+    Args:
+      x: [B, ...].
+      rate: in [0, 1).
+      keys: [B], one for each example, so that how a batch is divided over devices changes nothing; None: x as it is.
+      place: a number for each dropout of a network, which then draw independently.
+
+    Source: Srivastava et al. 2014, scaled in training as is usual now.
+    """
+    if keys is None or rate == 0:
+        return x
+    draw = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))
+    return jnp.where(draw(keys), x / (1 - rate), 0)
 
 
 def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:

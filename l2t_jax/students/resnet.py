@@ -5,8 +5,11 @@ from typing import Literal
 import jax.numpy as jnp
 from flax import linen as nn
 
+from l2t_jax.inputs import known
 from l2t_jax.students.layers import average_pool_to_grid, batch_norm, conv, from_linen, require_positive
 from l2t_jax.types import Array, Student
+
+SHORTCUTS = ("a", "b")  # zeros, without parameters; a 1x1 convolution
 
 
 class BasicBlock(nn.Module):
@@ -94,7 +97,6 @@ def resnet(
     """
     if depth < 8 or (depth - 2) % 6:
         raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 26, 32, ...")
-    if shortcut not in ("a", "b"):
-        raise ValueError(f"shortcut={shortcut!r} is unknown: use 'a' (no parameters) or 'b' (1x1 convolution).")
+    known(f"shortcut {shortcut!r}", shortcut, SHORTCUTS)
     require_positive(num_classes=num_classes, width=width, head_grid=head_grid)
     return from_linen(ResNet((depth - 2) // 6, num_classes, width, shortcut, head_grid, axis_name))

@@ -1,11 +1,42 @@
-"""Tasks: what is learned, and how its data become batches."""
+"""Tasks by name: what is learned, from which data, and how a student is scored. A new task is one file and one line."""
 
-from collections.abc import Callable
+import os
+from pathlib import Path
 
+from l2t_jax.data import DataError, Dataset
+from l2t_jax.inputs import known
 from l2t_jax.tasks.evaluation import evaluate, measure_all
-from l2t_jax.tasks.image_classification import image_classification
-from l2t_jax.types import Task
+from l2t_jax.tasks.image_classification import IMAGE_CLASSIFICATION
+from l2t_jax.tasks.spec import TaskSpec, settings_for
 
-TASKS: dict[str, Callable[..., Task]] = {"image_classification": image_classification}
+TASKS: dict[str, TaskSpec] = {"image_classification": IMAGE_CLASSIFICATION}
 
-__all__ = ["TASKS", "evaluate", "image_classification", "measure_all"]
+
+def load(
+    name: str,
+    data_dir: str | os.PathLike[str] | None = None,
+    download: bool = False,
+    *,
+    task: str = "image_classification",
+) -> Dataset:
+    """Load and check a data set.
+
+    Args:
+      name: one of the task's `datasets`.
+      data_dir: where prepared TFDS data lie; by default the environment's TFDS_DATA_DIR, else ~/tensorflow_datasets.
+      download: whether to download and prepare data that are missing, which needs TensorFlow and a network.
+      task: one of `TASKS`.
+    Returns:
+      The data set, all of it in memory.
+    Raises:
+      DataError: a name is unknown, or the data are missing, unreadable or not valid.
+    """
+    spec = TASKS[known(f"task {task!r}", task, TASKS, DataError)]
+    build = spec.datasets[known(f"data set {name!r}", name, spec.datasets, DataError)]
+    default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
+    dataset = build(Path(data_dir or default).expanduser(), download)
+    spec.check(dataset)
+    return dataset
+
+
+__all__ = ["TASKS", "TaskSpec", "evaluate", "load", "measure_all", "settings_for"]

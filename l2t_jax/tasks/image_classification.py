@@ -3,16 +3,32 @@
 Legend: B batch, C classes, n examples, H and W height and width in pixels, c channels.
 """
 
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax.data import Dataset
+from l2t_jax.data import DataError, Dataset, read_tfds, require
 from l2t_jax.losses import check_classes
 from l2t_jax.losses.cross_entropy import cross_entropy
+from l2t_jax.tasks.spec import TaskSpec
 from l2t_jax.types import Array, Batch, Key, PyTree, Task
 
 _PADDING = 4  # pixels on each side before the random crop
+
+
+@dataclasses.dataclass(frozen=True)
+class ImageInfo:
+    """What is known of a set of images in classes. `mean` and `std` are per channel, in raw pixel units."""
+
+    num_classes: int  # C
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    augment: bool  # whether training images are cropped and flipped at random
 
 
 def image_classification(dataset: Dataset) -> Task:
@@ -22,7 +38,7 @@ def image_classification(dataset: Dataset) -> Task:
     an input is (pixel - mean) / std, per channel.
 
     Args:
-      dataset: gives mean, std (raw pixel units) and whether to augment; its images are not kept.
+      dataset: gives its `ImageInfo`; its images are not kept.
 
     Returns:
       A task whose `gather(data, indices, keys)` reads {"images": uint8 [n, H, W, c], "labels": int32 [n]} (and, where
@@ -32,16 +48,17 @@ def image_classification(dataset: Dataset) -> Task:
       al. 2016. Its error and metrics raise a ValueError where outputs and targets are none of classes
       (`losses.check_classes`).
     """
-    mean, std = np.asarray(dataset.mean, np.float32), np.asarray(dataset.std, np.float32)
+    info = dataset.info
+    mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
 
     def gather(data: PyTree, indices: Array, keys: Key | None) -> Batch:
         images = data["images"][indices]  # [..., H, W, c]
-        if keys is not None and dataset.augment:
+        if keys is not None and info.augment:
             images = crop_and_flip(images, keys)
         true = data["true"][indices] if "true" in data else ()
         return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
 
-    return Task(cross_entropy, _metrics, gather)
+    return Task(cross_entropy, _metrics, gather, outputs=info.num_classes, draws=info.augment)
 
 
 def _metrics(outputs: Array, targets: Array) -> dict[str, Array]:
@@ -72,3 +89,115 @@ def crop_and_flip(images: Array, keys: Key) -> Array:
         return jnp.where(jax.random.bernoulli(flip_key), cropped[:, ::-1], cropped)
 
     return jax.vmap(one)(images.reshape(-1, *shape), keys.reshape(-1)).reshape(images.shape)
+
+
+def check(dataset: Dataset) -> None:
+    """Check dtypes, shapes, labels, and that every class occurs in training.
+
+    Raises:
+      DataError: names the first thing that is wrong.
+    """
+    name, info = dataset.name, dataset.info
+    require(isinstance(info, ImageInfo), f"{name}: info is a {type(info).__name__}, expected an ImageInfo.")
+    classes = info.num_classes
+    require(isinstance(classes, int) and classes >= 2, f"{name}: num_classes={classes}, expected 2 or more.")
+    _check_part(f"{name} train", dataset.train, classes)
+    _check_part(f"{name} test", dataset.test, classes)
+    shape, test_shape = dataset.train["images"].shape[1:], dataset.test["images"].shape[1:]
+    require(shape == test_shape, f"{name}: train images are {shape} and test images {test_shape}.")
+    absent = np.setdiff1d(np.arange(classes), dataset.train["labels"])
+    require(not absent.size, f"{name}: classes {absent.tolist()} have no training example; all need one.")
+    sizes = np.shape(info.mean), np.shape(info.std)
+    require(
+        sizes == ((shape[-1],),) * 2 and bool(np.all(np.isfinite(info.mean)) and np.all(_positive(info.std))),
+        f"{name}: mean {info.mean} and std {info.std} must have one finite value for each of {shape[-1]} channels, "
+        "and every std must be positive.",
+    )
+
+
+def _check_part(part: str, examples: dict[str, np.ndarray], num_classes: int) -> None:
+    missing = {"images", "labels"} - set(examples)
+    require(not missing, f"{part}: there are no {', '.join(sorted(missing))}.")
+    images = examples["images"]
+    require(
+        images.dtype == np.uint8 and images.ndim == 4,
+        f"{part}: images are {images.dtype} {images.shape}, expected non-empty uint8 [n, H, W, c].",
+    )
+    for field in ("labels", "true"):
+        if field not in examples:
+            continue
+        labels, what = examples[field], "label" if field == "labels" else "true label"
+        found = f"{labels.dtype} {labels.shape}"
+        require(labels.dtype == np.int32 and labels.ndim == 1, f"{part}: {what}s are {found}, expected int32 [n].")
+        wrong = np.flatnonzero((labels < 0) | (labels >= num_classes))
+        if wrong.size:
+            raise DataError(
+                f"{part}: {what} {labels[wrong[0]]} at index {wrong[0]} is outside 0..{num_classes - 1} "
+                f"({wrong.size} such labels): correct the labels or num_classes."
+            )
+
+
+def _positive(std: tuple[float, ...]) -> np.ndarray:
+    return np.isfinite(std) & (np.asarray(std) > 0)
+
+
+def load_digits(data_dir: Path, download: bool) -> Dataset:
+    """Load the 1797 digits of 8x8 pixels, values 0..16, of scikit-learn; both arguments are unused.
+
+    The split is ours, for there is no official one, and always the same: the examples are shuffled with
+    seed 0, sorted stably by class, and every fifth is a test example, so that every class gives a fifth of
+    its examples, within one. 1437 train, 360 test, each in scikit-learn's order.
+
+    Source: Alpaydin & Kaynak 1998 (UCI Optical Recognition of Handwritten Digits, its test part).
+    """
+    from sklearn.datasets import load_digits as sklearn_digits  # slow to import
+
+    images, labels = sklearn_digits(return_X_y=True)
+    images = images.reshape(-1, 8, 8, 1).astype(np.uint8)
+    labels = labels.astype(np.int32)
+    order = np.random.default_rng(0).permutation(len(labels))
+    test = np.zeros(len(labels), bool)
+    test[order[np.argsort(labels[order], kind="stable")][::5]] = True
+    train_images = images[~test]
+    mean, std = (float(train_images.mean()),), (float(train_images.std()),)
+    train, held = ({"images": images[part], "labels": labels[part]} for part in (~test, test))
+    return Dataset("digits", train, held, ImageInfo(10, mean, std, augment=False))
+
+
+def _tfds(
+    name: str, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...], augment: bool
+) -> Callable[[Path, bool], Dataset]:
+    def load(data_dir: Path, download: bool) -> Dataset:
+        train, test = read_tfds(data_dir, download, name, ("train", "test"), _stack)
+        return Dataset(name, train, test, ImageInfo(num_classes, mean, std, augment))
+
+    return load
+
+
+def _stack(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
+    labels = np.array([record["label"] for record in records], np.int32)
+    return {"images": np.stack([record["image"] for record in records]), "labels": labels}
+
+
+def _raw(*values: float) -> tuple[float, ...]:
+    """From the customary scale of 0..1 to that of the pixels."""
+    return tuple(255 * v for v in values)
+
+
+# CIFAR-10's mean and std are those of the released code of L2T-DLN, the others the customary ones. All are of the
+# whole training set, not of the training part an epoch draws.
+DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
+    "digits": load_digits,
+    "mnist": _tfds("mnist", 10, _raw(0.1307), _raw(0.3081), augment=False),
+    "fashion_mnist": _tfds("fashion_mnist", 10, _raw(0.2860), _raw(0.3530), augment=False),
+    "cifar10": _tfds("cifar10", 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), augment=True),
+    "cifar100": _tfds("cifar100", 100, _raw(0.5071, 0.4865, 0.4409), _raw(0.2673, 0.2564, 0.2762), augment=True),
+}
+
+IMAGE_CLASSIFICATION = TaskSpec(
+    build=image_classification,
+    datasets=DATASETS,
+    check=check,
+    strata=lambda dataset: dataset.train["labels"],
+    defaults={"dataset": "digits", "student": "mlp"},
+)

@@ -7,6 +7,7 @@ from typing import Any
 
 import optax
 
+from l2t_jax.inputs import known
 from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
 from l2t_jax.teachers.from_optax import from_optax
 from l2t_jax.teachers.sum_of import sum_of
@@ -33,8 +34,7 @@ def build_teacher(name: str, dln_lr: float, *, base: str = "none", **knobs: Any)
       ValueError: an unknown name or base, a knob that this teacher has not, or a value that is out of range.
     """
     for what, value in (("teacher", name), ("base", base)):
-        if value not in TEACHERS and (what, value) != ("base", "none"):
-            raise ValueError(f"{what} {value!r} is unknown; choose one of {', '.join(TEACHERS)}.")
+        known(f"{what} {value!r}", value, TEACHERS if what == "teacher" else ("none", *TEACHERS))
     if isinstance(dln_lr, (int, float)) and not 0 <= dln_lr < math.inf:
         raise ValueError(f"dln_lr={dln_lr} is not a finite number of at least 0: give gamma.")
     try:

@@ -1,0 +1,35 @@
+"""What a run must know of a task beside its mathematics: its data sets, and where it differs from the others."""
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2t_jax.data import Dataset
+from l2t_jax.presets import Preset
+from l2t_jax.types import Task
+
+
+@dataclasses.dataclass(frozen=True)
+class TaskSpec:
+    """A task by name: `build` makes the record that methods are composed of, the rest is of runs and tables."""
+
+    build: Callable[[Dataset], Task]
+    datasets: dict[str, Callable[[Path, bool], Dataset]]  # name -> (folder of data sets, whether to download) -> data
+    check: Callable[[Dataset], None] = lambda dataset: None  # raises a DataError that names what is wrong
+    # the kind [n] of each training example, of which equal shares are held out; None: all are one kind
+    strata: Callable[[Dataset], np.ndarray] | None = None
+    classes: bool = True  # whether rows are classified: its tasks have the view "rows"
+    loss: str = "dln"  # of `LOSSES`: what L2T-DLN teaches in this task
+    baseline: str = "cross_entropy"  # of `LOSSES`: the fixed loss that tables compare with
+    # of flags: the data set and the student of a run that names none
+    defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # rows of the preset's sheet where the task differs from every preset, e.g. N
+    settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def settings_for(spec: TaskSpec, preset: Preset) -> Preset:
+    """A column of the preset's sheet, with the rows that are the task's own."""
+    return dataclasses.replace(preset, **spec.settings)
