@@ -22,7 +22,7 @@ from experiments import _flags, _labels, _noise, _table_flag
 from experiments._command import command, start
 from experiments._table_flag import table
 from l2t_jax.runs import cells, plots
-from l2t_jax.runs.cells import group_of, run_cell
+from l2t_jax.runs.cells import cell_name, group_of, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
@@ -110,7 +110,7 @@ def run_ablation(config: Config, options: Options) -> int:
     for equal in ablation.equal:
         for value in ablation.values:
             cell = varied(config, ablation, equal, value)
-            name = f"{group_of(cell)}_{ablation.setting}_{value}_equal_{equal}"
+            name = cell_name(group_of(cell), ablation.setting, value, "equal", equal)
             code |= run_cell(name, f"{group_of(cell)}, {ablation.setting} {value}, equal {equal}", cell, options, load)
             found[equal, value] = read_record(root / "records" / f"{name}.json")
     (root / "table.md").write_text(markdown(FLAGS.table, found))

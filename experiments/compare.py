@@ -23,7 +23,7 @@ from experiments._table_flag import table
 from l2t_jax.data.noise import wrong_share
 from l2t_jax.methods import method_names
 from l2t_jax.runs import tables
-from l2t_jax.runs.cells import group_of, loader, records_in, run_cell
+from l2t_jax.runs.cells import cell_name, group_of, loader, records_in, run_cell
 from l2t_jax.runs.config import Config, Noise, Options
 from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.reporting import plot_curves
@@ -65,7 +65,7 @@ def fill(config: Config, options: Options) -> int:
     for group in groups:
         for method in config.methods:
             cell = dataclasses.replace(group, methods=(method,))
-            code |= run_cell(f"{group_of(cell)}_{method}", group_of(cell), cell, options, load)
+            code |= run_cell(cell_name(group_of(cell), method), group_of(cell), cell, options, load)
         _plot(root, group, wrong_share(load(group.dataset)))
     tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
     print(f"Files: {root} (table.md, table.png, records/, plots/)")
@@ -75,7 +75,7 @@ def fill(config: Config, options: Options) -> int:
 def _plot(root: Path, config: Config, share: float) -> None:
     """The curves of a group's methods together; where there are many, of those that are asked about first."""
     group = group_of(config)
-    cells = {name: root / "cells" / f"{group}_{name}" for name in method_names()}
+    cells = {name: root / "cells" / cell_name(group, name) for name in method_names()}
     cells = {name: cell for name, cell in cells.items() if cell.exists()}
     few = len(cells) <= len(FEATURED)
     rows, observations = (

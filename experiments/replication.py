@@ -20,7 +20,7 @@ from absl import flags
 
 from experiments import _flags
 from experiments._command import command, start
-from l2t_jax.runs.cells import group_of, loader, run_cell
+from l2t_jax.runs.cells import cell_name, group_of, loader, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
@@ -117,7 +117,7 @@ def groups(config: Config) -> list[tuple[Config, str]]:
 
 def _name(method: str, cell: Config) -> str:
     """Of a cell's record."""
-    return "_".join(filter(None, (group_of(cell), cell.teacher if method == DLN else "", method)))
+    return cell_name(group_of(cell), cell.teacher if method == DLN else "", method)
 
 
 def cells(group: Config, labels: str) -> list[tuple[str, Config]]:

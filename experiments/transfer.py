@@ -19,7 +19,7 @@ from absl import flags
 from experiments import _flags, _groups, _labels, _noise
 from experiments._command import command, start
 from l2t_jax.runs import cells
-from l2t_jax.runs.cells import group_of, run_cell
+from l2t_jax.runs.cells import cell_name, group_of, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import result, tested_on
@@ -67,12 +67,12 @@ def transfer(config: Config, options: Options) -> int:
         rows: Rows = {}
         for row, (method, teacher, name) in BASES.items():
             cell = dataclasses.replace(group, methods=(method,), teacher=teacher)
-            path = f"{group_of(cell)}_{teacher}_{method}"
+            path = cell_name(group_of(cell), teacher, method)
             code |= run_cell(path, group_of(cell), cell, options, load)
             rows[row] = _record(root, path), name
         for source, short in zip(sources, names, strict=True):
             cell = dataclasses.replace(group, methods=("l2t_dln",))
-            path = f"{group_of(group)}_from_{short}"
+            path = cell_name(group_of(group), "from", short)
             there = dataclasses.replace(options, teacher_from=source)
             code |= run_cell(path, f"{group_of(group)}, {source}", cell, there, load)
             rows[f"{source}, frozen"] = _record(root, path), "l2t_dln_transfer"

@@ -20,7 +20,7 @@ from experiments import _flags, _labels, _noise
 from experiments._command import command, start
 from l2t_jax.presets import Preset
 from l2t_jax.runs import cells
-from l2t_jax.runs.cells import group_of, records_in, run_cell
+from l2t_jax.runs.cells import cell_name, group_of, records_in, run_cell
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.reporting import result
 from l2t_jax.runs.tables import name_of, setup_of
@@ -53,7 +53,7 @@ def run_grid(config: Config, options: Options) -> int:
         settings = _flags.checked(dataclasses.replace(config.settings, **given))
         cell = dataclasses.replace(config, methods=(method,), settings=settings)
         label = ", ".join(f"{name}={_text(value)}" for name, value in given.items()) or "as it is"
-        name = "_".join([group_of(cell), config.teacher, method, *(f"{n}={_text(v)}" for n, v in given.items())])
+        name = cell_name(group_of(cell), config.teacher, method, *(f"{n}={_text(v)}" for n, v in given.items()))
         code |= run_cell(name, f"{group_of(cell)}, {label}", cell, options, load)
     (root / "table.md").write_text(markdown(records_in(root)))
     print(f"Files: {root} (table.md, records/)")

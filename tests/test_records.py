@@ -21,9 +21,11 @@ from l2t_jax.runs.records import (
     environment,
     load_arrays,
     open_run,
+    read_record,
     save_arrays,
     tensorboard_writer,
     write_json,
+    write_record,
 )
 
 CONFIG = {"method": "l2t_dln", "lr": 0.1, "seeds": (0, 1), "student": {"name": "lenet", "width": 20}}
@@ -77,6 +79,62 @@ def test_a_failed_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.
         write_json(path, {"a": 2})
     assert json.loads(path.read_text()) == {"a": 1}
     assert [entry.name for entry in tmp_path.iterdir()] == ["a.json"]
+
+
+def cell(commit: str, score: float) -> dict[str, Any]:
+    """What a run of a table's cell says of itself."""
+    return {
+        "methods": {"focal": {"score": score}},
+        "environment": {"git": {"commit": commit, "dirty": False}},
+        "metric": {"name": "error", "unit": ""},
+    }
+
+
+def test_a_table_keeps_an_environment_once(tmp_path: Path) -> None:
+    cells = {"a": cell("one", 0.1), "b": cell("one", 0.2), "c": cell("two", 0.3)}
+    for name, record in cells.items():
+        write_record(tmp_path / "records" / f"{name}.json", record)
+    assert {name: read_record(tmp_path / "records" / f"{name}.json") for name in cells} == cells
+    kept = json.loads((tmp_path / "environments.json").read_text())
+    assert list(kept.values()) == [cells["a"]["environment"], cells["c"]["environment"]]
+    keys = [json.loads((tmp_path / "records" / f"{name}.json").read_text())["environment"] for name in cells]
+    assert keys == [list(kept)[number] for number in (0, 0, 1)] and all(len(key) == 12 for key in kept)
+
+
+def test_a_record_may_hold_its_environment(tmp_path: Path) -> None:
+    write_json(tmp_path / "summary.json", cell("one", 0.1))
+    assert read_record(tmp_path / "summary.json") == cell("one", 0.1)
+
+
+def test_a_killed_write_leaves_no_record_without_its_environment(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, whole = tmp_path / "records" / "a.json", records.write_json
+
+    def killed(at: Path, content: Any) -> None:
+        if at == path:
+            raise KeyboardInterrupt
+        whole(at, content)
+
+    monkeypatch.setattr(records, "write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        write_record(path, cell("one", 0.1))
+    assert not path.exists() and len(json.loads((tmp_path / "environments.json").read_text())) == 1
+    monkeypatch.undo()
+    write_record(path, cell("one", 0.1))
+    assert read_record(path) == cell("one", 0.1)
+
+
+@pytest.mark.parametrize("found", [None, "{}", "[]", '{"5cb'], ids=["absent", "another", "a list", "torn"])
+def test_an_environment_that_is_lost_is_one_line(tmp_path: Path, found: str | None) -> None:
+    path, file = tmp_path / "records" / "a.json", tmp_path / "environments.json"
+    write_record(path, cell("one", 0.1))
+    file.unlink()
+    if found is not None:
+        file.write_text(found)
+    with pytest.raises(WorkdirError, match="restore") as caught:
+        read_record(path)
+    assert "\n" not in str(caught.value) and str(file) in str(caught.value)
 
 
 def test_metrics_grow_line_by_line(tmp_path: Path) -> None:

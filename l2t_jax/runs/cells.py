@@ -12,7 +12,7 @@ from l2t_jax.data import Dataset
 from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.config import Config, Options
-from l2t_jax.runs.records import WorkdirError, read_record, write_json
+from l2t_jax.runs.records import WorkdirError, read_record, write_record
 from l2t_jax.runs.reporting import shown
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
@@ -27,7 +27,7 @@ def run_cell(name: str, label: str, config: Config, options: Options, load: Call
     """Run a cell unless its record is there.
 
     Args:
-      name: of its record and its directory.
+      name: of its record and its directory, of `cell_name`.
       label: of its line on the screen.
       config: of this cell.
       options: of the table, whose directory is their workdir.
@@ -48,8 +48,7 @@ def run_cell(name: str, label: str, config: Config, options: Options, load: Call
     code = run_entries(setting, entries, alone=False)
     summary = read_record(cell / "summary.json")
     metric = summary["metric"]
-    record.parent.mkdir(parents=True, exist_ok=True)
-    write_json(record, summary)
+    write_record(record, summary)
     shutil.rmtree(cell / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
     for row, method in summary["methods"].items():
         failed = f", {len(method['failed'])} seeds stopped early" if method["failed"] else ""
@@ -62,7 +61,12 @@ def run_cell(name: str, label: str, config: Config, options: Options, load: Call
 def group_of(config: Config) -> str:
     """A short name of what the cells of one part of the table share."""
     noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
-    return f"{config.dataset}_{config.student}{noise}"
+    return cell_name(config.dataset, config.student + noise)
+
+
+def cell_name(*parts: object) -> str:
+    """A name for files and directories: the parts that are not empty, joined by underscores, without white space."""
+    return "_".join("_".join(filter(None, map(str, parts))).split())
 
 
 def records_in(root: Path) -> list[dict[str, Any]]:

@@ -2,6 +2,7 @@
 
 import contextlib
 import fcntl
+import hashlib
 import importlib.util
 import json
 import math
@@ -42,29 +43,51 @@ def write_json(path: str | Path, obj: Any) -> None:
 
 
 def read_record(path: str | Path) -> dict[str, Any]:
-    """Read the record of a run (summary.json), whenever it was written.
+    """Read the record of a run (summary.json) or of a cell of a table (records/NAME.json), whenever it was written.
 
-    Records of before tasks had a headline of their own hold `test_accuracy` in place of `metric` and `score`, and the
-    knobs of students as fields of the config.
+    A cell may name its environment, which then is in the table's environments.json. Records of before tasks had a
+    headline of their own hold `test_accuracy` in place of `metric` and `score`, and the knobs of students as fields of
+    the config.
 
     Raises:
       OSError: it is not there.
-      ValueError: it is no JSON, or no record.
+      ValueError: it is no JSON, or no record, or its environment is not to be found.
     """
     record: dict[str, Any] = json.loads(Path(path).read_text())
     if not isinstance(record, dict):
         raise ValueError(f"{path} is a {type(record).__name__}, expected the record of a run.")
+    if isinstance(key := record.get("environment"), str):
+        record["environment"] = _environment_named(key, Path(path))
     record.setdefault("metric", Metric("accuracy", "%")._asdict())
     record.setdefault("baseline", "cross_entropy")
     config = record.get("config", {})
     if "width" in config:
         was = {"width": None, "shortcut": "a", "head_grid": 1}  # the defaults
-        given = {name: config.pop(name) for name in was}
+        given = {name: config.pop(name, value) for name, value in was.items()}
         config["student_knobs"] = {name: value for name, value in given.items() if value != was[name]}
     for method in record.get("methods", {}).values():
         if "test_accuracy" in method:
             method["score"] = method.pop("test_accuracy")
     return record
+
+
+def write_record(path: str | Path, record: dict[str, Any]) -> None:
+    """Write the record of a cell, TABLE/records/NAME.json; its environment is kept once, in TABLE/environments.json.
+
+    Raises:
+      WorkdirError: environments.json is damaged.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    file = _environments_file(path)
+    text = json.dumps(record["environment"], sort_keys=True)
+    key = hashlib.sha256(text.encode()).hexdigest()[:12]
+    with file.with_name(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may fill other cells of the same table
+        there = _environments(file)
+        if key not in there:
+            write_json(file, there | {key: record["environment"]})
+    write_json(path, record | {"environment": key})  # last: what it names is on the disk
 
 
 def save_arrays(path: str | Path, tree: PyTree) -> None:
@@ -220,6 +243,31 @@ def _plain(obj: Any) -> Any:
     raise TypeError(
         f"A {type(obj).__name__} cannot be written as JSON: give numbers, strings, lists and dicts of them."
     )
+
+
+def _environments_file(record: Path) -> Path:
+    return record.absolute().parents[1] / "environments.json"
+
+
+def _environments(file: Path) -> dict[str, Any]:
+    """The environments of a table by their keys, none where there is no file."""
+    if not file.exists():
+        return {}
+    try:
+        known = json.loads(file.read_bytes())
+        if not isinstance(known, dict):
+            raise TypeError
+    except (ValueError, TypeError) as error:
+        raise WorkdirError(f"{file} is damaged: restore it.") from error
+    return known
+
+
+def _environment_named(key: str, record: Path) -> Any:
+    file = _environments_file(record)
+    known = _environments(file)
+    if key not in known:
+        raise WorkdirError(f"{record} was run in environment {key}, which is not in {file}: restore that file.")
+    return known[key]
 
 
 def _storable(leaf: Any) -> np.ndarray:
