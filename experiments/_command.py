@@ -2,9 +2,10 @@
 
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from zipfile import BadZipFile
 
-from absl import app, logging
+from absl import app, flags, logging
 
 from experiments import _flags
 from l2t_jax import data
@@ -16,37 +17,81 @@ from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, enable_compilation_cache, prepare
 from l2t_jax.runs.training import StoppedError
 
+Main = Callable[[list[str]], None]  # of the arguments that are left, which are none
 
-def start(main: Callable[[list[str]], None]) -> None:
+
+def start(main: Main) -> None:
     """Entry point of a module: quiet libraries, then absl."""
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets and orbax tell much; --verbosity=0 brings it back
     app.run(main, flags_parser=_flags.parse_arguments)
 
 
 def command(
-    experiment: str, work: Callable[[Config, Options], int], noise: Callable[[], Noise | None] = lambda: None
-) -> None:
-    """Resolve the flags, start the devices, work, exit: 0; 1 where a seed stopped early; 2 where input was bad.
+    experiment: str,
+    work: Callable[[Config, Options], int],
+    noise: Callable[[], Noise | None] = lambda: None,
+    task: str | None = None,
+) -> Main:
+    """The main of a module that runs: resolve the flags, start the devices, work, exit.
 
     Args:
       experiment: the module's name.
       work: config, options -> exit code.
       noise: what the module's own flags say of wrong labels, if it has them.
+      task: the only one the module is for; by default any.
+    Returns:
+      a function that exits: 0; 1 where a seed stopped early; 2 where input was bad; 130 where it was interrupted.
     """
-    try:
-        config, options = _flags.resolve(experiment, noise())
-        parallel.start(options.devices, options.coordinator, options.num_processes, options.process_id)
-        enable_compilation_cache()
-        code = work(config, options)
-    except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
-        _flags.fail(str(error))
-    except parallel.LostError as error:
-        _flags.fail(f"{error}. What was saved is intact; {_go_on(experiment, options)}", 1)
-    except (CheckpointError, OSError) as error:
-        _flags.fail(f"{error}. What was saved is intact; make room, then {_go_on(experiment, options)}", 1)
-    except (StoppedError, KeyboardInterrupt):
-        _flags.fail(f"interrupted; {_go_on(experiment, options)}", 130)
-    sys.exit(code)
+
+    def main(_: list[str]) -> None:
+        try:
+            config, options = _flags.resolve(experiment, noise(), task)
+            parallel.start(options.devices, options.coordinator, options.num_processes, options.process_id)
+            enable_compilation_cache()
+            code = work(config, options)
+        except (UsageError, parallel.ParallelError, data.DataError, WorkdirError, ImportError) as error:
+            _flags.fail(str(error))
+        except parallel.LostError as error:
+            _flags.fail(f"{error}. What was saved is intact; {_go_on(experiment, options)}", 1)
+        except (CheckpointError, OSError) as error:
+            _flags.fail(f"{error}. What was saved is intact; make room, then {_go_on(experiment, options)}", 1)
+        except (StoppedError, KeyboardInterrupt):
+            _flags.fail(f"interrupted; {_go_on(experiment, options)}", 130)
+        sys.exit(code)
+
+    return main
+
+
+def reader(work: Callable[[], Iterable[object]]) -> Main:
+    """The main of a module that reads what runs have left: work, say line by line what it did, exit.
+
+    Args:
+      work: -> what to say, a line each.
+    Returns:
+      a function that exits: 0; 2 where input was bad.
+    """
+
+    def main(_: list[str]) -> None:
+        try:
+            for line in work():
+                print(line)
+        except KeyError as error:
+            _flags.fail(f"a record has no {error}: it was written by something else, or by another version.")
+        except (ValueError, OSError, BadZipFile) as error:
+            _flags.fail(str(error))
+        sys.exit(0)
+
+    return main
+
+
+def refuse(name: str, why: str) -> None:
+    """Say so where a flag was given that has no meaning for a module.
+
+    Raises:
+      UsageError: it was.
+    """
+    if flags.FLAGS[name].present:
+        raise UsageError(f"--{name} is {why}")
 
 
 def run_one(config: Config, options: Options) -> int:

@@ -199,15 +199,17 @@ flags.DEFINE_bool("tensorboard", False, "Write TensorBoard scalars too: pip inst
 FLAGS = flags.FLAGS
 
 
-def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Options]:
+def resolve(experiment: str, noise: Noise | None = None, task: str | None = None) -> tuple[Config, Options]:
     """Turn the parsed flags into a `Config` and `Options`.
 
     Raises:
       UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
     """
-    spec = TASKS[known("task", FLAGS.task, TASKS)]
-    preset = settings_for(spec, PRESETS[known("preset", FLAGS.preset, PRESETS)])
-    methods = _methods(f"l2t_dln,{spec.baseline}" if FLAGS.method is None else FLAGS.method)
+    of_task = spec()
+    if task not in (None, FLAGS.task):
+        raise UsageError(f"--task={FLAGS.task} is not what experiments.{experiment} is for: use experiments.compare.")
+    preset = settings_for(of_task, PRESETS[known("preset", FLAGS.preset, PRESETS)])
+    methods = _methods(f"l2t_dln,{of_task.baseline}" if FLAGS.method is None else FLAGS.method)
     if FLAGS.rounds is not None and FLAGS.epochs is not None:
         raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
     if FLAGS.teacher_from is not None and not set(TAUGHT) & set(methods):
@@ -220,8 +222,8 @@ def resolve(experiment: str, noise: Noise | None = None) -> tuple[Config, Option
         raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
     config = Config(
         task=FLAGS.task,
-        dataset=known("dataset", _given("dataset", spec), spec.datasets),
-        student=known("student", _given("student", spec), STUDENTS),
+        dataset=known("dataset", given("dataset"), of_task.datasets),
+        student=known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(),
         methods=methods,
         preset=FLAGS.preset,
@@ -303,10 +305,20 @@ def known(flag: str, name: str, names: Iterable[str]) -> str:
     return name
 
 
-def _given(flag: str, spec: TaskSpec) -> str:
-    """A flag's value, by default that of the task."""
+def spec() -> TaskSpec:
+    """Of the task that is asked for.
+
+    Raises:
+      UsageError: there is none of that name.
+    """
+    return TASKS[known("task", FLAGS.task, TASKS)]
+
+
+def given(flag: str) -> str:
+    """The value of --dataset or --student, by default that of the task."""
     value: str | None = FLAGS[flag].value
-    return spec.defaults[flag] if value is None else value
+    default: str = spec().defaults[flag]
+    return default if value is None else value
 
 
 def _student_knobs() -> dict[str, Any]:

@@ -6,11 +6,14 @@ from typing import Any
 from absl import flags
 
 from experiments import _flags
+from experiments._command import refuse
 from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS
 
-flags.DEFINE_string("datasets", "digits", "One or more, comma separated; takes the place of --dataset.")
+flags.DEFINE_string(
+    "datasets", None, "One or more, comma separated; takes the place of --dataset. Default: that of the task."
+)
 flags.DEFINE_string("students", "mlp,lenet", "One or more, comma separated; takes the place of --student.")
 FLAGS = flags.FLAGS
 
@@ -22,8 +25,7 @@ def refuse_single() -> None:
       UsageError: one of them was.
     """
     for name in ("dataset", "student"):
-        if FLAGS[name].present:
-            raise UsageError(f"--{name} is one of several here: give --{name}s.")
+        refuse(name, f"one of several here: give --{name}s.")
 
 
 def groups(config: Config) -> list[Config]:
@@ -38,7 +40,7 @@ def groups(config: Config) -> list[Config]:
 
 
 def _names(flag: str, known: Any) -> list[str]:
-    text = str(FLAGS[flag].value)
+    text = str(_flags.spec().defaults["dataset"] if FLAGS[flag].value is None else FLAGS[flag].value)
     names = [_flags.known(flag, name.strip(), known) for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"--{flag}={text!r} must name each once, at least one.")

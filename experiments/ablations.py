@@ -19,18 +19,15 @@ from typing import Any, NamedTuple
 from absl import flags
 
 from experiments import _flags, _labels, _noise, _table_flag
-from experiments._command import command, start
-from experiments._table_flag import table
-from l2t_jax.runs import cells, plots
-from l2t_jax.runs.cells import cell_name, group_of, run_cell
+from experiments._command import command, refuse, start
+from l2t_jax.runs import plots, tables
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.records import read_record
-from l2t_jax.runs.reporting import result, tested_on
+from l2t_jax.runs.reporting import headline, points
 from l2t_jax.runs.setting import build_plan
-from l2t_jax.runs.tables import name_of, paired, probability, setup_of
+from l2t_jax.runs.tables import Column, Record, Row, Section, Table, baseline_of, words, written
 
-METHODS = ("l2t_dln", "cross_entropy")
-ROWS = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")
+ONLINE, FROZEN = "l2t_dln", "l2t_dln_transfer"
 
 
 class Ablation(NamedTuple):
@@ -79,45 +76,48 @@ ABLATIONS = {
     ),
 }
 
-Records = dict[tuple[str, Any], dict[str, Any]]  # (what is equal, value) -> record
+Found = dict[Any, Record]  # value -> record
 
 FLAGS = flags.FLAGS
 for module in (_labels, _flags, _noise, _table_flag):
     flags.adopt_module_key_flags(module)
 
 
-def main(argv: list[str]) -> None:
-    """Run the ablation; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("ablations", run_ablation, _prepare)
-
-
 def _prepare() -> Noise | None:
-    chosen = table(ABLATIONS)
-    if FLAGS["method"].present:
-        raise UsageError(f"--method is {' and '.join(METHODS)} here, which are compared: leave it out.")
-    _flags.set_defaults(method=",".join(METHODS), seeds="5", workdir=f"runs/ablation_{chosen}")
+    chosen = _table_flag.table(ABLATIONS)
+    methods = (ONLINE, _flags.spec().baseline)
+    refuse("method", f"{' and '.join(methods)} here, which are compared: leave it out.")
+    _flags.set_defaults(method=",".join(methods), seeds="5", workdir=f"runs/ablation_{chosen}")
     return _labels.noise()
 
 
-def run_ablation(config: Config, options: Options) -> int:
-    """Run every cell that is not done, then write the table and the picture."""
-    ablation, root, code = ABLATIONS[FLAGS.table], Path(options.workdir), 0
-    load = cells.loader(config, options)
+def fill(config: Config, options: Options) -> int:
+    """Run every cell that is not done, then write the table and the pictures."""
+    ablation, root, load = ABLATIONS[FLAGS.table], Path(options.workdir), loader(config, options)
     if ablation.setting == "validation_ratio" and load(config.dataset).meta:
         raise UsageError("a meta set kept apart validates, whatever the ratio: give --meta=0 to divide the noisy set.")
     config = dataclasses.replace(config, rounds=build_plan(config, load(config.dataset)).rounds)
-    found: Records = {}
-    for equal in ablation.equal:
-        for value in ablation.values:
-            cell = varied(config, ablation, equal, value)
-            name = cell_name(group_of(cell), ablation.setting, value, "equal", equal)
-            code |= run_cell(name, f"{group_of(cell)}, {ablation.setting} {value}, equal {equal}", cell, options, load)
-            found[equal, value] = read_record(root / "records" / f"{name}.json")
-    (root / "table.md").write_text(markdown(FLAGS.table, found))
-    for equal in ablation.equal:
-        draw(root / f"equal_{equal}.png", ablation, equal, found)
-    print(f"Files: {root} (table.md, {', '.join(f'equal_{equal}.png' for equal in ablation.equal)}, records/)")
+    named = {equal: cells(config, ablation, equal) for equal in ablation.equal}
+    records, code = run_cells([cell for found in named.values() for cell in found.values()], options, load)
+    found = {equal: {value: records[cell.name] for value, cell in of.items()} for equal, of in named.items()}
+    pictures = [f"equal_{equal}.png" for equal in ablation.equal]
+    for equal, picture in zip(ablation.equal, pictures, strict=True):
+        draw(root / picture, ablation, equal, found[equal])
+    tables.write(root, table(ablation, found), *pictures, "records/")
     return code
+
+
+def cells(config: Config, ablation: Ablation, equal: str) -> dict[Any, Cell]:
+    """Of each value."""
+    where = group_of(config)
+    return {
+        value: Cell(
+            cell_name(where, ablation.setting, value, "equal", equal),
+            f"{where}, {ablation.setting} {value}, equal {equal}",
+            varied(config, ablation, equal, value),
+        )
+        for value in ablation.values
+    }
 
 
 def varied(config: Config, ablation: Ablation, equal: str, value: Any) -> Config:
@@ -128,82 +128,89 @@ def varied(config: Config, ablation: Ablation, equal: str, value: Any) -> Config
     given = {ablation.setting: value}
     if ablation.setting == "option":
         given = {} if value == AS_IT_IS else _flags.parse_settings("table", value)
-    settings = _flags.checked(dataclasses.replace(config.settings, **given))
+    other = _flags.with_settings(config, given)
     steps = config.rounds * config.settings.unroll_length
-    rounds = config.rounds if equal == "rounds" else max(1, round(steps / settings.unroll_length))
-    return dataclasses.replace(config, settings=settings, rounds=rounds)
+    rounds = config.rounds if equal == "rounds" else max(1, round(steps / other.settings.unroll_length))
+    return dataclasses.replace(other, rounds=rounds)
 
 
-def markdown(name: str, found: Records) -> str:
-    """The table as text: a section for what is held equal, a row for each value."""
-    ablation, some = ABLATIONS[name], next(iter(found.values()))
-    setting = ablation.setting.replace("_", " ")
-    lines = [
-        f"# Ablation: {setting}",
-        "",
-        f"{tested_on(some['config']).capitalize()} accuracy in %, mean ± sample standard deviation over "
-        f"{len(some['seeds'])} seeds; {_what(ablation, some)}. Difference and p: L2T-DLN online",
-        "against cross entropy over the same seeds, paired two-sided t test."
-        + (" Published: L2T-DLN with a ResNet-8 on CIFAR-10." if ablation.published else ""),
-        "",
+def table(ablation: Ablation, found: dict[str, Found]) -> Table:
+    """A section for what is held equal, a row for each value."""
+    some = found[ablation.equal[0]][ablation.values[0]]
+    source = " Published: L2T-DLN with a ResNet-8 on CIFAR-10." if published(ablation, some) else ""
+    several = len(ablation.equal) > 1
+    return Table(
+        title=f"Ablation: {words(ablation.setting)}",
+        intro=f"{tables.measured(some)}; {_what(ablation, some)}. Difference and p: L2T-DLN online\n"
+        f"against {words(baseline_of(some))} over the same seeds, paired two-sided t test.{source}",
+        sections=[
+            Section(columns(ablation, some), rows(found[equal]), f"At equal {equal}" if several else "")
+            for equal in ablation.equal
+        ],
+        rule=" --- ",
+    )
+
+
+def columns(ablation: Ablation, record: Record) -> list[Column]:
+    """What is said of L2T-DLN online and of the others of its record."""
+    values = {written(value): number for value, number in published(ablation, record).items()}
+    return [
+        Column(words(ablation.setting), lambda row: row.name),
+        tables.scores("L2T-DLN, online"),
+        tables.scores("transfer", FROZEN),
+        tables.scores(words(baseline_of(record)), baseline_of(record)),
+        *tables.differences(),
+        tables.STEPS,
+        Column("s a round", _seconds),
+        tables.published(lambda row: values.get(row.name), ".2f"),
     ]
-    head = [setting, "L2T-DLN, online", "transfer", "cross entropy", "difference", "p", "student steps"]
-    head += ["s a round", "published"]
-    for equal in ablation.equal:
-        lines += [f"## At equal {equal}", ""] if len(ablation.equal) > 1 else []
-        rows = [_cells_of(ablation, value, found[equal, value]) for value in ablation.values]
-        lines += [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows)] + [""]
-    return "\n".join(lines)
 
 
-def _what(ablation: Ablation, record: dict[str, Any]) -> str:
+def rows(found: Found) -> list[Row]:
+    """L2T-DLN online at each value, compared with the baseline there."""
+    return [
+        Row(written(value), record, ONLINE, (record["methods"][baseline_of(record)]["score"],))
+        for value, record in found.items()
+    ]
+
+
+def published(ablation: Ablation, record: Record) -> dict[Any, float]:
+    """What the paper reports, where that is of the record's metric."""
+    return ablation.published if record["metric"]["name"] == "accuracy" else {}
+
+
+def _seconds(row: Row) -> str:
+    return f"{row.outcome['wall_time_s'] / row.outcome['rounds'] / len(row.record['seeds']):.2f}"
+
+
+def _what(ablation: Ablation, record: Record) -> str:
     """What all cells share."""
     teacher = "" if ablation.setting == "teacher" else f", teacher {record['config']['teacher']}"
-    return f"{name_of(setup_of(record))}, preset {record['preset']}{teacher}"
+    return f"{tables.name_of(record)}, preset {record['preset']}{teacher}"
 
 
-def _cells_of(ablation: Ablation, value: Any, record: dict[str, Any]) -> list[str]:
-    methods = record["methods"]
-    accuracies = {name: methods[name]["score"] for name in ROWS}
-    ours, base = accuracies["l2t_dln"], accuracies["cross_entropy"]
-    p = paired(ours["per_seed"], base["per_seed"])
-    apart = None if None in (ours["mean"], base["mean"]) else 100 * (ours["mean"] - base["mean"])
-    online = methods["l2t_dln"]
-    return [
-        f"{value:g}" if isinstance(value, float) else str(value),
-        *(result(accuracies[name], len(methods[name]["failed"]), record["metric"]) for name in ROWS),
-        "" if apart is None else f"{apart:+.2f}",
-        probability(p),
-        str(online["student_steps"]),
-        f"{online['wall_time_s'] / online['rounds'] / len(record['seeds']):.2f}",
-        f"{ablation.published[value]:.2f}" if value in ablation.published else "",
-    ]
-
-
-def draw(path: Path, ablation: Ablation, equal: str, found: Records) -> None:
-    """The accuracies against the values, and the published ones."""
-    points: dict[str, list[tuple[Any, float, float]]] = {}
-    for value in ablation.values:
-        for name in ROWS:
-            accuracy = found[equal, value]["methods"][name]["score"]
-            if accuracy["mean"] is not None:
-                points.setdefault(name, []).append((value, 100 * accuracy["mean"], 100 * (accuracy["std"] or 0)))
-    if ablation.published:
-        points["published: ResNet-8, CIFAR-10"] = [(value, y, 0.0) for value, y in ablation.published.items()]
-    some = next(iter(found.values()))
+def draw(path: Path, ablation: Ablation, equal: str, found: Found) -> None:
+    """The scores against the values, and the published ones."""
+    some, curves = found[ablation.values[0]], {}
+    scale = points(some["metric"])
+    for name in (ONLINE, FROZEN, baseline_of(some)):
+        scores = {value: record["methods"][name]["score"] for value, record in found.items()}
+        curves[name] = [
+            (value, scale * score["mean"], scale * (score["std"] or 0))
+            for value, score in scores.items()
+            if score["mean"] is not None
+        ]
+    curves["published: ResNet-8, CIFAR-10"] = [(value, y, 0.0) for value, y in published(ablation, some).items()]
     plots.ablation(
         path,
-        points,
-        xlabel=ablation.setting.replace("_", " "),
-        ylabel=f"{tested_on(some['config'])} accuracy, %",
+        {name: line for name, line in curves.items() if line},
+        xlabel=words(ablation.setting),
+        ylabel=headline(some),
         title=f"{_what(ablation, some)}, equal {equal}",
     )
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("ablations", fill, _prepare)
 
 if __name__ == "__main__":
-    cli()
+    start(main)

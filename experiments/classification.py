@@ -18,16 +18,7 @@ from experiments._command import command, run_one, start
 
 flags.adopt_module_key_flags(_flags)
 
-
-def main(argv: list[str]) -> None:
-    """Run the experiment; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("classification", run_one)
-
-
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("classification", run_one, task="image_classification")
 
 if __name__ == "__main__":
-    cli()
+    start(main)

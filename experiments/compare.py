@@ -19,14 +19,14 @@ from absl import flags
 from experiments import _flags, _groups, _noise, _table_flag
 from experiments._command import command, start
 from experiments._noise import LABELS
-from experiments._table_flag import table
-from l2t_jax.data.noise import wrong_share
 from l2t_jax.methods import method_names
 from l2t_jax.runs import tables
-from l2t_jax.runs.cells import cell_name, group_of, loader, records_in, run_cell
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, run_cells
 from l2t_jax.runs.config import Config, Noise, Options
+from l2t_jax.runs.published import PUBLISHED, Setup
 from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.reporting import plot_curves
+from l2t_jax.runs.tables import Column, Record, Row, Score, Section, Table, baseline_of, name_of, setup_of
 
 FLAGS = flags.FLAGS
 for module in (_flags, _groups, _noise, _table_flag):
@@ -44,57 +44,117 @@ FEATURED = (  # curves in a picture of all methods, which would be a tangle
 )
 
 
-def main(argv: list[str]) -> None:
-    """Fill the table; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("compare", fill, _prepare)
-
-
 def _prepare() -> Noise | None:
     """Defaults of this module where shared flags were not given, and the noise of the table."""
     _groups.refuse_single()
-    chosen = table(LABELS, "clean")
-    _flags.set_defaults(preset="residual", method=",".join(method_names()), seeds="5", workdir=f"runs/compare_{chosen}")
+    chosen = _table_flag.table(LABELS, "clean")
+    methods = ",".join(method_names(classes=_flags.spec().classes))
+    _flags.set_defaults(preset="residual", method=methods, seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
 
 
 def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then render the table from all records of the directory."""
-    groups = _groups.groups(config)
-    load = loader(config, options)
-    root, code = Path(options.workdir), 0
-    for group in groups:
-        for method in config.methods:
-            cell = dataclasses.replace(group, methods=(method,))
-            code |= run_cell(cell_name(group_of(cell), method), group_of(cell), cell, options, load)
-        _plot(root, group, wrong_share(load(group.dataset)))
-    tables.render(root, records_in(root), f"{'clean' if config.noise is None else 'noisy'} labels")
-    print(f"Files: {root} (table.md, table.png, records/, plots/)")
+    root, load, code = Path(options.workdir), loader(config, options), 0
+    for group in _groups.groups(config):
+        records, failed = run_cells(cells(group), options, load)
+        _plot(root, group_of(group), next(iter(records.values())))
+        code |= failed
+    title = f"{'clean' if config.noise is None else 'noisy'} labels"
+    found = table(list(records_in(root).values()), title)
+    rows = {row.name: row for section in found.sections for row in section.rows}
+    tables.draw(root / "table.png", found.sections, sorted(rows, key=lambda name: _place(rows[name])), title)
+    tables.write(root, found, "table.png", "records/", "plots/")
     return code
 
 
-def _plot(root: Path, config: Config, share: float) -> None:
+def cells(group: Config) -> list[Cell]:
+    """A cell for each method."""
+    where = group_of(group)
+    return [Cell(cell_name(where, name), where, dataclasses.replace(group, methods=(name,))) for name in group.methods]
+
+
+def table(records: list[Record], title: str) -> Table:
+    """A section for each data set and student."""
+    groups: dict[Setup, list[Record]] = {}
+    for record in records:
+        groups.setdefault(setup_of(record), []).append(record)
+    return Table(
+        title=f"Comparison, {title}",
+        intro=f"{tables.measured(records[0], 'the seeds')}, read once after the last step.\n"
+        f"Difference and p: against {tables.words(baseline_of(records[0]))} over the same seeds, paired two-sided t "
+        "test, not corrected for the\n"
+        "number of rows. Published: what a paper reports for this student and data set, on its own budget.",
+        sections=[section(found) for _, found in sorted(groups.items())],
+    )
+
+
+def section(records: list[Record]) -> Section:
+    """A row for each method of the records, which are of one data set and student."""
+    some, found = records[0], {name: record for record in records for name in record["methods"]}
+    base = found.get(baseline_of(some))
+    columns = [
+        Column("method", lambda row: row.name),
+        tables.scores(some["metric"]["name"]),
+        *tables.differences(),
+        tables.published(lambda row: PUBLISHED.get((setup_of(row.record), row.method))),
+        Column("learned parameters", lambda row: str(_learned(row))),
+        tables.STEPS,
+        tables.SECONDS,
+    ]
+    rows = [Row(name, record, name, (_base_score(record, base),)) for name, record in found.items()]
+    return Section(columns, sorted(rows, key=_place), name_of(some), _budget(some))
+
+
+def _base_score(record: Record, base: Record | None) -> Score | None:
+    """The baseline's score, where it is of the same seeds as a record."""
+    if base is None or base["seeds"] != record["seeds"]:
+        return None
+    found: Score = base["methods"][baseline_of(base)]["score"]
+    return found
+
+
+def _budget(record: Record) -> str:
+    config, settings = record["config"], record["config"]["settings"]
+    wrong = f", {100 * config['wrong_labels']:.1f} % of the labels wrong, {config['meta']} clean examples apart"
+    return (
+        f"{record['student_parameters']} student parameters, {len(record['seeds'])} seeds, "
+        f"{config['rounds']} rounds of N = {record['unroll_length']}, batch {settings['batch_size']}, "
+        f"validation batch {settings['validation_batch_size']}, SGD {settings['student_lr']:g}, "
+        f"preset {record['preset']}{wrong if config['noise'] else ''}."
+    )
+
+
+def _learned(row: Row) -> int:
+    return sum(row.outcome["learned_parameters"].values())
+
+
+def _place(row: Row) -> tuple[bool, bool, int, str]:
+    """The baseline first, then what learns nothing, then the rest, each in the order of METHODS."""
+    name, names = row.method.removesuffix("_transfer"), method_names()
+    known = names.index(name) if name in names else len(names)
+    return row.method != baseline_of(row.record), _learned(row) > 0, known, row.method
+
+
+def _plot(root: Path, group: str, record: Record) -> None:
     """The curves of a group's methods together; where there are many, of those that are asked about first."""
-    group = group_of(config)
-    cells = {name: root / "cells" / cell_name(group, name) for name in method_names()}
-    cells = {name: cell for name, cell in cells.items() if cell.exists()}
-    few = len(cells) <= len(FEATURED)
+    places = {name: root / "cells" / cell_name(group, name) for name in method_names()}
+    places = {name: place for name, place in places.items() if place.exists()}
+    few = len(places) <= len(FEATURED)
     rows, observations = (
         [
             row
-            for name, cell in cells.items()
-            for row in Metrics.read(cell / file)
+            for name, place in places.items()
+            for row in Metrics.read(place / file)
             if few or (name in FEATURED and row["method"] == name)
         ]
         for file in ("metrics.jsonl", "observations.jsonl")
     )
-    what = tables.title_of(config.dataset, config.student, config.noise)
-    plot_curves(root / "plots", rows, observations, what, prefix=f"{group}_", wrong_labels=share)
+    share = record["config"]["wrong_labels"]
+    plot_curves(root / "plots", rows, observations, name_of(record), prefix=f"{group}_", wrong_labels=share)
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("compare", fill, _prepare)
 
 if __name__ == "__main__":
-    cli()
+    start(main)

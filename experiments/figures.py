@@ -11,15 +11,12 @@ drawn together, a curve for each run and method. --studies draws runs of experim
 benchmarks.hypergradient_cost --replot.
 """
 
-import sys
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
 
 from absl import flags
 
-from experiments import _flags
-from experiments._command import start
+from experiments._command import reader, start
 from l2t_jax.runs.config import UsageError
 from l2t_jax.runs.records import Metrics, read_record
 from l2t_jax.runs.reporting import draw, plot_curves
@@ -29,18 +26,6 @@ flags.DEFINE_list("runs", [], "Run directories, comma separated; names of their 
 flags.DEFINE_list("studies", [], "Run directories of experiments.study, comma separated: drawn together.")
 FLAGS = flags.FLAGS
 flags.declare_key_flag("workdir")
-
-
-def main(argv: list[str]) -> None:
-    """Draw; bad input is one line and exit code 2."""
-    try:
-        for path in figures(FLAGS.runs, FLAGS.studies, Path(FLAGS.workdir or "figures")):
-            print(path)
-    except KeyError as error:
-        _flags.fail(f"a record has no {error}: it was written by something else, or by another version.")
-    except (ValueError, OSError, BadZipFile) as error:
-        _flags.fail(str(error))
-    sys.exit(0)
 
 
 def figures(runs: list[str], studies: list[str], folder: Path) -> list[Path]:
@@ -91,10 +76,7 @@ def _read(path: Path, field: str, what: str) -> dict[str, Any]:
     return record
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = reader(lambda: figures(FLAGS.runs, FLAGS.studies, Path(FLAGS.workdir or "figures")))
 
 if __name__ == "__main__":
-    cli()
+    start(main)

@@ -21,16 +21,7 @@ from experiments._command import command, run_one, start
 flags.adopt_module_key_flags(_flags)
 flags.adopt_module_key_flags(_noise)
 
-
-def main(argv: list[str]) -> None:
-    """Run the experiment; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("noisy_labels", run_one, _noise.from_flags)
-
-
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("noisy_labels", run_one, _noise.from_flags, task="image_classification")
 
 if __name__ == "__main__":
-    cli()
+    start(main)

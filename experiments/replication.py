@@ -19,12 +19,11 @@ from typing import Any
 from absl import flags
 
 from experiments import _flags
-from experiments._command import command, start
-from l2t_jax.runs.cells import cell_name, group_of, loader, run_cell
+from experiments._command import command, refuse, start
+from l2t_jax.runs import tables
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.records import read_record
-from l2t_jax.runs.reporting import result, tested_on
-from l2t_jax.runs.tables import name_of, paired, probability, setup_of
+from l2t_jax.runs.tables import Column, Record, Row, Section, Table, words
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(_flags)
@@ -62,51 +61,28 @@ TUNED: dict[tuple[str, str, str], dict[str, Tuned]] = {
 }
 LSTM, FROZEN = "L2T-DLN, LSTM, online", "L2T-DLN, LSTM, frozen"
 
-Rows = dict[str, dict[str, Any]]  # name -> the method's part of a record
-Found = dict[str, tuple[str, Rows, dict[str, Any]]]  # title -> kind of labels, rows, a record
-
-
-def main(argv: list[str]) -> None:
-    """Fill the table; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("replication", replicate, _prepare)
-
 
 def _prepare() -> None:
     for name in ("method", "teacher"):
-        if FLAGS[name].present:
-            raise UsageError(f"--{name} is what the table goes over: leave it out.")
+        refuse(name, "what the table goes over: leave it out.")
     if FLAGS.held_out:
         raise UsageError("--held_out is for choosing: use experiments.tune.")
     known = {f"--dataset={dataset} --student={student}": None for dataset, student, _ in TUNED}
-    if (asked := f"--dataset={FLAGS.dataset} --student={FLAGS.student}") not in known:
+    dataset, student = _flags.given("dataset"), _flags.given("student")
+    if (asked := f"--dataset={dataset} --student={student}") not in known:
         raise UsageError(f"{asked}: nothing was tuned for it; choose one of {', '.join(known)}.")
-    _flags.set_defaults(seeds="5", workdir=f"runs/replication_{FLAGS.dataset}")
+    _flags.set_defaults(seeds="5", workdir=f"runs/replication_{dataset}")
 
 
-def replicate(config: Config, options: Options) -> int:
+def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table."""
-    root, code = Path(options.workdir), 0
+    records: dict[str, Record] = {}
+    code = 0
     for group, labels in groups(config):
-        load = loader(group, options)
-        for method, cell in cells(group, labels):
-            code |= run_cell(_name(method, cell), group_of(cell), cell, options, load)
-    (root / "table.md").write_text(markdown(recorded(root, config)))
-    print(f"Files: {root} (table.md, records/)")
+        found, failed = run_cells(cells(group, labels), options, loader(group, options))
+        records, code = records | found, code | failed
+    tables.write(Path(options.workdir), table(config, records), "records/")
     return code
-
-
-def recorded(root: Path, config: Config) -> Found:
-    """What the records of a finished table say."""
-    found: Found = {}
-    for group, labels in groups(config):
-        rows: Rows = {}
-        for method, cell in cells(group, labels):
-            record: dict[str, Any] = read_record(root / "records" / f"{_name(method, cell)}.json")
-            teacher = {"lstm": "LSTM", "adam": "Adam"}[cell.teacher]
-            taught = [f"L2T-DLN, {teacher}, {protocol}" for protocol in ("online", "frozen")]
-            rows |= dict(zip(taught if method == DLN else [method], record["methods"].values(), strict=True))
-        found[name_of(setup_of(record))] = labels, rows, record
-    return found
 
 
 def groups(config: Config) -> list[tuple[Config, str]]:
@@ -115,52 +91,66 @@ def groups(config: Config) -> list[tuple[Config, str]]:
     return [(dataclasses.replace(config, noise=LABELS[labels]), labels) for labels in kinds]
 
 
-def _name(method: str, cell: Config) -> str:
-    """Of a cell's record."""
-    return cell_name(group_of(cell), cell.teacher if method == DLN else "", method)
-
-
-def cells(group: Config, labels: str) -> list[tuple[str, Config]]:
-    """All runs of a kind of labels: (method, config)."""
-    found = [(DLN, dataclasses.replace(group, methods=(DLN,), teacher=teacher)) for teacher in ("lstm", "adam")]
+def cells(group: Config, labels: str) -> list[Cell]:
+    """All runs of a kind of labels."""
+    where = group_of(group)
+    found = []
+    for teacher in ("lstm", "adam"):
+        taught = dataclasses.replace(group, methods=(DLN,), teacher=teacher)
+        found.append(Cell(cell_name(where, teacher, DLN), where, taught))
     for method, values in TUNED[group.dataset, group.student, labels].items():
         tuned: dict[str, Any] = dict(zip(("student_lr", "student_schedule", "student_clip"), values, strict=True))
         settings = dataclasses.replace(group.settings, **tuned)
-        found.append((method, dataclasses.replace(group, methods=(method,), settings=settings)))
+        config = dataclasses.replace(group, methods=(method,), settings=settings)
+        found.append(Cell(cell_name(where, method), where, config))
     return found
 
 
-def markdown(found: Found) -> str:
-    """The tables as text: a section for each kind of labels, the rows, then what was promised."""
-    some = next(iter(found.values()))[2]
-    lines = [
-        "# L2T-DLN against tuned baselines",
-        "",
-        f"{tested_on(some['config']).capitalize()} accuracy in %, mean ± sample standard deviation over "
-        f"{len(some['seeds'])} seeds, read once after the last step; {some['config']['rounds']} rounds of N = "
+def table(config: Config, records: dict[str, Record]) -> Table:
+    """A section for each kind of labels: the rows, then what was promised."""
+    some = next(iter(records.values()))
+    return Table(
+        title="L2T-DLN against tuned baselines",
+        intro=f"{tables.measured(some)}, read once after the last step; {some['config']['rounds']} rounds of N = "
         f"{some['unroll_length']}, preset {some['preset']}. p: paired two-sided t test against L2T-DLN with the LSTM, "
         "online.",
-        "",
+        sections=[section(labels, rows(cells(group, labels), records)) for group, labels in groups(config)],
+    )
+
+
+def section(labels: str, found: dict[str, Row]) -> Section:
+    """The rows of a kind of labels, compared with L2T-DLN with the LSTM, online."""
+    ours = found[LSTM]
+    columns = [
+        Column("method", lambda row: row.name),
+        tables.scores(ours.record["metric"]["name"]),
+        tables.differences()[1],
+        tables.STEPS,
+        tables.SECONDS,
     ]
-    for title, (labels, rows, _) in found.items():
-        ours = rows[LSTM]["score"]
-        lines += [f"## {title}", "", "| method | accuracy | p | student steps | s a seed |", "|---|---|---|---|---|"]
-        for name, row in rows.items():
-            accuracy = row["score"]
-            p = probability(paired(ours["per_seed"], accuracy["per_seed"]))
-            seconds = f"{row['wall_time_s'] / len(accuracy['per_seed']):.0f}"
-            lines.append(
-                f"| {name} | {result(accuracy, len(row['failed']), some['metric'])} | {p} | {row['student_steps']} "
-                f"| {seconds} |"
-            )
-        lines += ["", *(f"- {'held' if held else '**missed**'}: {what}" for what, held in promises(labels, rows)), ""]
-    return "\n".join(lines)
+    compared = [row._replace(compared=(ours.score,)) for row in found.values()]
+    after = [f"- {'held' if held else '**missed**'}: {what}" for what, held in promises(labels, found)]
+    return Section(columns, compared, tables.name_of(ours.record), after="\n".join(after))
 
 
-def promises(labels: str, rows: Rows) -> list[tuple[str, bool]]:
+def rows(group: list[Cell], records: dict[str, Record]) -> dict[str, Row]:
+    """By name, in the order of the cells; L2T-DLN has one for each protocol."""
+    found = {}
+    for cell in group:
+        record, teacher = records[cell.name], {"lstm": "LSTM", "adam": "Adam"}[cell.config.teacher]
+        for method in record["methods"]:
+            protocol = {DLN: "online", f"{DLN}_transfer": "frozen"}.get(method)
+            name = f"L2T-DLN, {teacher}, {protocol}" if protocol else method
+            found[name] = Row(name, record, method)
+    return found
+
+
+def promises(labels: str, rows: dict[str, Row]) -> list[tuple[str, bool]]:
     """What the recipe promised for a kind of labels, with the measured points, and whether it held."""
-    mean = {name: 100 * (row["score"]["mean"] or 0.0) for name, row in rows.items()}
-    found = [("no seed of L2T-DLN with the LSTM stops early", not (rows[LSTM]["failed"] or rows[FROZEN]["failed"]))]
+    scale = tables.worth(rows[LSTM].record)
+    mean = {name: scale * (row.score["mean"] or 0.0) for name, row in rows.items()}
+    failed = rows[LSTM].outcome["failed"] or rows[FROZEN].outcome["failed"]
+    found = [("no seed of L2T-DLN with the LSTM stops early", not failed)]
 
     def beside(what: str, ours: str, others: list[str], least: float) -> None:
         best = max(others, key=lambda name: mean[name])
@@ -170,12 +160,12 @@ def promises(labels: str, rows: Rows) -> list[tuple[str, bool]]:
     adam = [name for name in rows if name.startswith("L2T-DLN, Adam")]
     for ours in (LSTM, FROZEN):
         if labels == "clean":
-            pairs = zip(rows[ours]["score"]["per_seed"], rows[CE]["score"]["per_seed"], strict=True)
-            least = min(100 * ((a or 0.0) - (b or 0.0)) for a, b in pairs)
-            found.append((f"{ours}: no seed is more than 0.3 points below cross entropy ({least:+.2f})", least >= -0.3))
-            beside("above cross entropy in the mean", ours, [CE], 1e-4)
+            pairs = zip(rows[ours].score["per_seed"], rows[CE].score["per_seed"], strict=True)
+            least = min(scale * ((a or 0.0) - (b or 0.0)) for a, b in pairs)
+            found.append((f"{ours}: no seed is more than 0.3 points below {words(CE)} ({least:+.2f})", least >= -0.3))
+            beside(f"above {words(CE)} in the mean", ours, [CE], 1e-4)
         elif labels == "flips":
-            beside("10 points above cross entropy", ours, [CE], 10.0)
+            beside(f"10 points above {words(CE)}", ours, [CE], 10.0)
             beside("not below generalized cross entropy", ours, [GCE], 0.0)
             beside("not below Meta-Weight-Net", ours, [MWN], 0.0)
         else:
@@ -184,10 +174,7 @@ def promises(labels: str, rows: Rows) -> list[tuple[str, bool]]:
     return found
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("replication", fill, _prepare, task="image_classification")
 
 if __name__ == "__main__":
-    cli()
+    start(main)

@@ -11,15 +11,13 @@ l2t_jax/assets; --teacher_from=shipped:NAME and `l2t_jax.teachers.load("NAME")` 
 import dataclasses
 import hashlib
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
 from absl import flags
 
 import l2t_jax
-from experiments import _flags
-from experiments._command import start
+from experiments._command import reader, start
 from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
@@ -32,15 +30,6 @@ FLAGS = flags.FLAGS
 ASSETS = Path(l2t_jax.__file__).parent / "assets"
 STUDENT = ("student", "dataset", "rounds", "held_out", "meta", "wrong_labels", "noise", "dataset_sha256")
 OPTIMIZER = ("student_lr", "student_schedule", "student_clip", "batch_size", "validation_batch_size", "unroll_length")
-
-
-def main(argv: list[str]) -> None:
-    """Ship; bad input is one line and exit code 2."""
-    try:
-        print(ship(FLAGS.run, FLAGS.name, ASSETS))
-    except (UsageError, OSError) as error:
-        _flags.fail(str(error))
-    sys.exit(0)
 
 
 def ship(run: str | None, name: str | None, folder: Path) -> str:
@@ -91,10 +80,7 @@ def card(record: dict[str, Any], seed: int) -> dict[str, Any]:
     }
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = reader(lambda: [ship(FLAGS.run, FLAGS.name, ASSETS)])
 
 if __name__ == "__main__":
-    cli()
+    start(main)

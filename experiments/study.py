@@ -17,7 +17,7 @@ from pathlib import Path
 from absl import flags
 
 from experiments import _flags, _labels, _noise
-from experiments._command import command, start
+from experiments._command import command, refuse, start
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
@@ -37,16 +37,9 @@ for module in (_labels, _flags, _noise):
     flags.adopt_module_key_flags(module)
 
 
-def main(argv: list[str]) -> None:
-    """Run the study; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("study", study, _prepare)
-
-
 def _prepare() -> Noise | None:
-    if FLAGS["preset"].present:
-        raise UsageError("--preset is one of several here: give --presets.")
-    if FLAGS["method"].present:
-        raise UsageError("--method is l2t_dln here, whose parts are looked at: leave it out.")
+    refuse("preset", "one of several here: give --presets.")
+    refuse("method", "l2t_dln here, whose parts are looked at: leave it out.")
     _flags.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{FLAGS.labels}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 leaves no examples that no run has seen: hold out a part of training.")
@@ -81,10 +74,7 @@ def _instruments(setting: Setting, entry: Entry) -> Instruments:
     return Instruments(setting, entry.method, frozenset(moments))
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("study", study, _prepare, task="image_classification")
 
 if __name__ == "__main__":
-    cli()
+    start(main)

@@ -12,121 +12,106 @@ set is read once for each seed, after its last step.
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 from absl import flags
 
 from experiments import _flags, _groups, _labels, _noise
-from experiments._command import command, start
-from l2t_jax.runs import cells
-from l2t_jax.runs.cells import cell_name, group_of, run_cell
+from experiments._command import command, refuse, start
+from l2t_jax.runs import tables
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.records import read_record
-from l2t_jax.runs.reporting import result, tested_on
-from l2t_jax.runs.tables import name_of, paired, probability, setup_of
+from l2t_jax.runs.tables import Column, Record, Row, Section, Table, baseline_of, words
+from l2t_jax.tasks import TASKS
 
 flags.DEFINE_string("sources", "", "Trained teachers, comma separated: shipped:NAME, or directories of runs.")
 FLAGS = flags.FLAGS
 for module in (_labels, _flags, _groups, _noise):
     flags.adopt_module_key_flags(module)
-HERE = "trained here, frozen"
-BASES = {  # row: (method, teacher, its name in a record)
-    "cross entropy": ("cross_entropy", "lstm", "cross_entropy"),
-    "Adam as the teacher": ("l2t_dln", "adam", "l2t_dln_transfer"),
-    "trained here, online": ("l2t_dln", "lstm", "l2t_dln"),
-    HERE: ("l2t_dln", "lstm", "l2t_dln_transfer"),
-}
-
-Rows = dict[str, tuple[dict[str, Any], str]]  # name of a row -> its record, and the method's name in it
-
-
-def main(argv: list[str]) -> None:
-    """Fill the table; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("transfer", transfer, _prepare)
+ONLINE, FROZEN, HERE = "l2t_dln", "l2t_dln_transfer", "trained here, frozen"
+Cells = dict[str, tuple[Cell, str]]  # row -> its cell, and the method's name in the record
 
 
 def _prepare() -> Noise | None:
     _groups.refuse_single()
     for name in ("method", "teacher"):
-        if FLAGS[name].present:
-            raise UsageError(f"--{name} is what the table goes over: leave it out.")
+        refuse(name, "what the table goes over: leave it out.")
     _flags.set_defaults(seeds="5", workdir=f"runs/transfer_{FLAGS.labels}")
     return _labels.noise()
 
 
-def transfer(config: Config, options: Options) -> int:
+def fill(config: Config, options: Options) -> int:
     """Run every cell that is not done, then write the table of all groups that were asked for."""
-    sources = [source.strip() for source in FLAGS.sources.split(",") if source.strip()]
-    names = [Path(source).name.replace(":", "_") for source in sources]
-    if not sources or len(set(names)) < len(names):
-        raise UsageError("--sources must name at least one trained teacher, each by another last name.")
-    groups, root, code = _groups.groups(config), Path(options.workdir), 0
-    load = cells.loader(config, options)
-    found: dict[str, Rows] = {}
-    for group in groups:
-        rows: Rows = {}
-        for row, (method, teacher, name) in BASES.items():
-            cell = dataclasses.replace(group, methods=(method,), teacher=teacher)
-            path = cell_name(group_of(cell), teacher, method)
-            code |= run_cell(path, group_of(cell), cell, options, load)
-            rows[row] = _record(root, path), name
-        for source, short in zip(sources, names, strict=True):
-            cell = dataclasses.replace(group, methods=("l2t_dln",))
-            path = cell_name(group_of(group), "from", short)
-            there = dataclasses.replace(options, teacher_from=source)
-            code |= run_cell(path, f"{group_of(group)}, {source}", cell, there, load)
-            rows[f"{source}, frozen"] = _record(root, path), "l2t_dln_transfer"
-        found[name_of(setup_of(rows[HERE][0]))] = rows
-    (root / "table.md").write_text(markdown(found))
-    print(f"Files: {root} (table.md, records/)")
+    named = sources(FLAGS.sources)
+    groups = [cells(group, named) for group in _groups.groups(config)]
+    asked = [cell for group in groups for cell, _ in group.values()]
+    records, code = run_cells(asked, options, loader(config, options))
+    tables.write(Path(options.workdir), table(groups, records), "records/")
     return code
 
 
-def _record(root: Path, name: str) -> dict[str, Any]:
-    record: dict[str, Any] = read_record(root / "records" / f"{name}.json")
-    return record
+def sources(text: str) -> dict[str, str]:
+    """Read the names of trained teachers, each by a short one.
+
+    Raises:
+      UsageError: there is none, or two have one short name.
+    """
+    given = [source.strip() for source in text.split(",") if source.strip()]
+    named = {Path(source).name.replace(":", "_"): source for source in given}
+    if not given or len(named) < len(given):
+        raise UsageError("--sources must name at least one trained teacher, each by another last name.")
+    return named
 
 
-def markdown(found: dict[str, Rows]) -> str:
-    """The tables as text: a section for each data set and student, a row for each teacher."""
-    some = next(iter(found.values()))[HERE][0]
-    lines = [
-        "# Transfer of trained teachers",
-        "",
-        f"{tested_on(some['config']).capitalize()} accuracy in %, mean ± sample standard deviation over "
-        f"{len(some['seeds'])} seeds, read once after the last step; preset {some['preset']}. Differences and p: "
+def bases(baseline: str) -> dict[str, tuple[str, str, str]]:
+    """What every source is compared with: row -> (method, teacher, the method's name in a record)."""
+    return {
+        words(baseline): (baseline, "lstm", baseline),
+        "Adam as the teacher": (ONLINE, "adam", FROZEN),
+        "trained here, online": (ONLINE, "lstm", ONLINE),
+        HERE: (ONLINE, "lstm", FROZEN),
+    }
+
+
+def cells(group: Config, named: dict[str, str]) -> Cells:
+    """What every source is compared with, then the sources."""
+    where, found = group_of(group), {}
+    for row, (method, teacher, name) in bases(TASKS[group.task].baseline).items():
+        config = dataclasses.replace(group, methods=(method,), teacher=teacher)
+        found[row] = Cell(cell_name(where, teacher, method), where, config), name
+    config = dataclasses.replace(group, methods=(ONLINE,))
+    for short, source in named.items():
+        found[f"{source}, frozen"] = Cell(cell_name(where, "from", short), f"{where}, {source}", config, source), FROZEN
+    return found
+
+
+def table(groups: list[Cells], records: dict[str, Record]) -> Table:
+    """A section for each data set and student, a row for each teacher."""
+    some = next(iter(records.values()))
+    return Table(
+        title="Transfer of trained teachers",
+        intro=f"{tables.measured(some)}, read once after the last step; preset {some['preset']}. Differences and p: "
         "paired two-sided t test over the same seeds.",
-        "",
+        sections=[section(group, records) for group in groups],
+    )
+
+
+def section(group: Cells, records: dict[str, Record]) -> Section:
+    """The rows, each compared with the baseline and with the teacher that is trained here."""
+    rows = {name: Row(name, records[cell.name], method) for name, (cell, method) in group.items()}
+    record = rows[HERE].record
+    baseline = words(baseline_of(record))
+    columns = [
+        Column("teacher", lambda row: row.name),
+        tables.scores(record["metric"]["name"]),
+        *tables.differences(f"less {baseline}", 0),
+        *tables.differences("less trained here", 1),
+        tables.STEPS,
     ]
-    head = ["teacher", "accuracy", "less cross entropy", "p", "less trained here", "p", "student steps"]
-    for group, rows in found.items():
-        lines += [f"## {group}", "", f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
-        base, here = (_accuracy(*rows[name]) for name in ("cross entropy", HERE))
-        for name, (record, method) in rows.items():
-            accuracy, outcome = _accuracy(record, method), record["methods"][method]
-            cells = [name, result(accuracy, len(outcome["failed"]), record["metric"])]
-            for other in (base, here):
-                cells += [_difference(accuracy, other), probability(paired(accuracy["per_seed"], other["per_seed"]))]
-            lines.append(f"| {' | '.join([*cells, str(outcome['student_steps'])])} |")
-        lines.append("")
-    return "\n".join(lines)
+    compared = rows[baseline].score, rows[HERE].score
+    return Section(columns, [row._replace(compared=compared) for row in rows.values()], tables.name_of(record))
 
 
-def _accuracy(record: dict[str, Any], method: str) -> dict[str, Any]:
-    accuracy: dict[str, Any] = record["methods"][method]["score"]
-    return accuracy
-
-
-def _difference(ours: dict[str, Any], other: dict[str, Any]) -> str:
-    if None in (ours["mean"], other["mean"]) or ours is other:
-        return ""
-    return f"{100 * (ours['mean'] - other['mean']):+.2f}"
-
-
-def cli() -> None:
-    """Entry point."""
-    start(main)
-
+main = command("transfer", fill, _prepare)
 
 if __name__ == "__main__":
-    cli()
+    start(main)

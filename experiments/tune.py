@@ -4,9 +4,10 @@
   python -m experiments.tune --labels=noisy --method=l2t_dln --grid="dln_lr=1e-3,1e-2;squash=softmax,log_softmax"
   python -m experiments.tune --labels=noisy --method=l2t_dln --teacher=adam --grid="dln_lr=1e-3,1e-2" --rounds=140
 
-The grid is of rows of the preset's sheet (l2t_jax/presets.py). --held_out (here 0.2) of the training examples take
-the place of the test set, which is not read. A combination that is done is kept: with a longer grid give the same
---workdir (default runs/tune_LABELS). Writes records/, a JSON file a combination, and table.md, the best first.
+The grid is of rows of the preset's sheet (l2t_jax/presets.py) and of knobs of a method (NAME.KNOB), as in --set.
+--held_out (here 0.2) of the training examples take the place of the test set, which is not read. A combination that is
+done is kept: with a longer grid give the same --workdir (default runs/tune_LABELS). Writes records/, a JSON file a
+combination, and table.md, the best first.
 """
 
 import dataclasses
@@ -19,23 +20,18 @@ from absl import flags
 from experiments import _flags, _labels, _noise
 from experiments._command import command, start
 from l2t_jax.presets import Preset
-from l2t_jax.runs import cells
-from l2t_jax.runs.cells import cell_name, group_of, records_in, run_cell
+from l2t_jax.runs import tables
+from l2t_jax.runs.cells import Cell, cell_name, complete, group_of, loader, records_in, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import result
-from l2t_jax.runs.tables import name_of, setup_of
+from l2t_jax.runs.reporting import headline
+from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
 
-flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME=VALUE,...: rows of the preset's sheet, all combinations.")
+flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME.KNOB=VALUE,...: as --set, all combinations.")
 FLAGS = flags.FLAGS
 for module in (_labels, _flags, _noise):
     flags.adopt_module_key_flags(module)
 
 Grid = list[dict[str, Any]]  # settings of each combination
-
-
-def main(argv: list[str]) -> None:
-    """Run the grid; bad input is one line and exit code 2, a seed that stopped early exit code 1."""
-    command("tune", run_grid, _prepare)
 
 
 def _prepare() -> Noise | None:
@@ -45,18 +41,11 @@ def _prepare() -> Noise | None:
     return _labels.noise()
 
 
-def run_grid(config: Config, options: Options) -> int:
+def fill(config: Config, options: Options) -> int:
     """Run every combination that is not done, then write the table of all records of the directory."""
-    grid, code, root = parse_grid(FLAGS.grid), 0, Path(options.workdir)
-    load = cells.loader(config, options)
-    for method, given in itertools.product(config.methods, grid):
-        settings = _flags.checked(dataclasses.replace(config.settings, **given))
-        cell = dataclasses.replace(config, methods=(method,), settings=settings)
-        label = ", ".join(f"{name}={_text(value)}" for name, value in given.items()) or "as it is"
-        name = cell_name(group_of(cell), config.teacher, method, *(f"{n}={_text(v)}" for n, v in given.items()))
-        code |= run_cell(name, f"{group_of(cell)}, {label}", cell, options, load)
-    (root / "table.md").write_text(markdown(records_in(root)))
-    print(f"Files: {root} (table.md, records/)")
+    root = Path(options.workdir)
+    _, code = run_cells(cells(config, parse_grid(FLAGS.grid)), options, loader(config, options))
+    tables.write(root, table(list(records_in(root).values())), "records/")
     return code
 
 
@@ -76,32 +65,43 @@ def parse_grid(text: str) -> Grid:
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
 
-def markdown(records: list[dict[str, Any]]) -> str:
-    """A row for each record and method, the best held-out accuracy first; columns for what differs among them."""
-    configs = [cells.complete(record["config"]) for record in records]
-    settings = [config["settings"] | {name: config[name] for name in ("teacher", "rounds")} for config in configs]
-    names = [*(field.name for field in dataclasses.fields(Preset)), "teacher", "rounds"]
-    differing = [name for name in names if len({str(s[name]) for s in settings}) > 1]
-    rows = []
-    for record, values in zip(records, settings, strict=True):
-        for method, outcome in record["methods"].items():
-            accuracy = outcome["score"]
-            where = [name_of(setup_of(record)), method, *(_text(values[name]) for name in differing)]
-            rows.append((accuracy["mean"] or 0.0, [*where, result(accuracy, len(outcome["failed"]), record["metric"])]))
-    rows.sort(key=lambda row: -row[0])
-    head = ["data", "method", *differing, "held-out accuracy, %"]
-    lines = [f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *(cells for _, cells in rows))]
-    return "\n".join(["# Settings, judged on held-out training examples", "", *lines, ""])
+def cells(config: Config, grid: Grid) -> list[Cell]:
+    """Each method in each combination."""
+    found, where = [], group_of(config)
+    for method, given in itertools.product(config.methods, grid):
+        values = [f"{name}={written(value)}" for name, value in given.items()]
+        name, label = cell_name(where, config.teacher, method, *values), ", ".join(values) or "as it is"
+        cell = _flags.with_settings(dataclasses.replace(config, methods=(method,)), given)
+        found.append(Cell(name, f"{where}, {label}", cell))
+    return found
 
 
-def _text(value: Any) -> str:
-    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+def table(records: list[Record]) -> Table:
+    """A row for each record and method, the best held-out score first; columns for what differs among them."""
+    names = dict.fromkeys(name for record in records for name in _values(record))  # in order, each once
+    differing = [name for name in names if len({str(_values(record).get(name)) for record in records}) > 1]
+    columns = [
+        Column("data", lambda row: tables.name_of(row.record)),
+        Column("method", lambda row: row.name),
+        *map(_column, differing),
+        tables.scores(headline(records[0])),
+    ]
+    rows = [Row(method, record, method) for record in records for method in record["methods"]]
+    section = Section(columns, sorted(rows, key=tables.rank))
+    return Table("Settings, judged on held-out training examples", [section], rule=" --- ")
 
 
-def cli() -> None:
-    """Entry point."""
-    start(main)
+def _column(setting: str) -> Column:
+    return Column(setting, lambda row: written(_values(row.record).get(setting, "")))
 
+
+def _values(record: Record) -> dict[str, Any]:
+    config = complete(record["config"])
+    rest = {"teacher": config["teacher"], "rounds": config["rounds"], **config["student_knobs"], **config["knobs"]}
+    return {**{field.name: config["settings"][field.name] for field in dataclasses.fields(Preset)}, **rest}
+
+
+main = command("tune", fill, _prepare)
 
 if __name__ == "__main__":
-    cli()
+    start(main)

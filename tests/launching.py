@@ -30,6 +30,7 @@ def write_record(workdir, name, config, per_seed, rows):
         "methods": dict.fromkeys(rows, outcome),
         "config": json.loads(json.dumps(dataclasses.asdict(config))),
         "metric": Metric("accuracy", "%")._asdict(),
+        "baseline": "cross_entropy",
         "seeds": list(config.seeds),
         **{"dataset": config.dataset, "student": config.student, "preset": config.preset, "unroll_length": 25},
     }

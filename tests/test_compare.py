@@ -14,7 +14,7 @@ from experiments import _flags, compare, noisy_labels
 from l2t_jax.losses import LOSSES
 from l2t_jax.methods import TAUGHT, method_names
 from l2t_jax.runs import tables
-from l2t_jax.runs.published import PUBLISHED, Setup
+from l2t_jax.runs.published import PUBLISHED
 from l2t_jax.runs.setting import build_setting
 from l2t_jax.tasks import load
 from l2t_jax.tasks.image_classification import DATASETS
@@ -126,6 +126,7 @@ def record(method, per_seed, seeds=(0, 1, 2), steps=100, noise=None, student="le
     return {
         "dataset": "mnist",
         "metric": {"name": "accuracy", "unit": "%", "better": "higher"},
+        "baseline": "cross_entropy",
         "student": student,
         "student_parameters": 7,
         "seeds": list(seeds),
@@ -136,19 +137,22 @@ def record(method, per_seed, seeds=(0, 1, 2), steps=100, noise=None, student="le
     }
 
 
+def rows_of(records):
+    return {row.name: row for row in compare.section(records).rows}
+
+
 @pytest.mark.versions
 def test_differences_are_paired_by_seed():
     """Seeds vary by 10 points and the method by 1: only a paired test sees it."""
     ours, base = [0.91, 0.815, 0.705], [0.90, 0.80, 0.70]
-    groups = tables.collect([record("focal", ours), record("cross_entropy", base)])
-    rows = {row.method: row for row in groups[Setup("mnist", "lenet")]}
-    assert rows["focal"].difference == pytest.approx(1.0)
+    rows = rows_of([record("focal", ours), record("cross_entropy", base)])
+    assert tables.difference(rows["focal"]) == pytest.approx(1.0)
     d = np.subtract(ours, base)
     t = d.mean() / (d.std(ddof=1) / np.sqrt(3))  # 2 degrees of freedom: p in closed form
-    assert rows["focal"].p == pytest.approx(1 - t / np.sqrt(t**2 + 2))
-    assert rows["cross_entropy"].p is None and rows["cross_entropy"].published == 99.02
-    other = tables.collect([record("focal", ours, seeds=(3, 4, 5)), record("cross_entropy", base)])
-    assert next(r for r in other[Setup("mnist", "lenet")] if r.method == "focal").difference is None
+    assert tables.p_value(rows["focal"]) == pytest.approx(1 - t / np.sqrt(t**2 + 2))
+    assert tables.p_value(rows["cross_entropy"]) is None is tables.difference(rows["cross_entropy"])
+    other = rows_of([record("focal", ours, seeds=(3, 4, 5)), record("cross_entropy", base)])
+    assert tables.difference(other["focal"]) is None is tables.p_value(other["focal"])
 
 
 @pytest.mark.parametrize(
@@ -161,10 +165,11 @@ def test_no_test_without_variation(ours, base):
 def test_groups_and_failures_are_told():
     noise = {"kind": "flip2", "ratio": 0.4}
     records = [record("cross_entropy", [0.9, 0.8, None]), record("cross_entropy", [0.5, 0.4, 0.3], noise=noise)]
-    groups = tables.collect(records)
-    assert list(groups) == [Setup("mnist", "lenet"), Setup("mnist", "lenet", "flip2 40")]
-    text = tables.markdown(groups, records, "both")
-    assert "85.00 ± 7.07 (1 stopped early)" in text and "## mnist, lenet, flip2 40 %" in text
+    table = compare.table(records, "both")
+    assert [section.title for section in table.sections] == ["mnist, lenet", "mnist, lenet, flip2 40 %"]
+    text = tables.markdown(table)
+    assert "| cross_entropy | 85.00 ± 7.07 (1 stopped early) |  |  | 99.02 |" in text
+    assert "## mnist, lenet, flip2 40 %" in text
 
 
 def test_published_numbers_name_what_can_be_run():
@@ -216,11 +221,11 @@ def test_bad_noise(argument, tmp_path, capsys):
 
 
 BAD_TABLES = {
-    "--table=dirty": "--table=dirty is unknown. Did you mean noisy?",
+    "--table=dirty": "--table=dirty is unknown; choose one of clean, noisy. Did you mean noisy?",
     "--dataset=mnist": "--dataset is one of several here: give --datasets.",
     "--datasets=digit": "Did you mean digits?",
     "--students=mlp,mlp": "must name each once",
-    "--method=l2t": "--method=l2t is unknown.",
+    "--method=l2t": "--method=l2t is unknown;",
     "--coordinator=localhost:1": "a table is filled by one process",
 }
 

@@ -1,5 +1,6 @@
 """`python -m experiments.classification` as a user meets it: files, resuming, failures, bad input."""
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from l2t_jax.presets import PRESETS
 from l2t_jax.runs import setting
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.records import load_arrays
-from l2t_jax.tasks import load
+from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.image_classification import DATASETS
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
@@ -174,10 +175,10 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
         return dispatch
 
     monkeypatch.setattr(training, "_dispatch", poisoned)
-    build = setting.image_classification
+    spec = TASKS["image_classification"]
 
     def task_with_holes(dataset):
-        task = build(dataset)
+        task = spec.build(dataset)
 
         def gather(data, indices, keys):
             import jax.numpy as jnp
@@ -188,7 +189,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
 
         return task._replace(gather=gather)
 
-    monkeypatch.setattr(setting, "image_classification", task_with_holes)
+    monkeypatch.setitem(TASKS, "image_classification", dataclasses.replace(spec, build=task_with_holes))
     workdir = tmp_path / "run"
     arguments = (*SMALL, "--rounds=2", "--seeds=3", "--teacher=adam", "--memory=save")
     assert launch(classification, *arguments, f"--workdir={workdir}") == 1

@@ -28,7 +28,7 @@ ROUNDS = 6 if KILLS < 10 else 40
 CODE = """import gc; gc.set_threshold(50_000, 10, 10)
 from l2t_jax.runs import reporting, training; training.MOST_ROUNDS = 1; reporting.draw = lambda *_: None
 import importlib; importlib.import_module("l2t_jax.teachers.coordinate_lstm").UNITS = (8, 1)
-from experiments import classification; classification.cli()"""
+from experiments import _command, classification; _command.start(classification.main)"""
 SMALL = ["--unroll_length=2", "--width=8", "--seeds=1,", "--memory=save"]
 COMMAND = [sys.executable, "-c", CODE, f"--rounds={ROUNDS}", *SMALL]
 LINES = 3 * ROUNDS  # of two protocols and of cross entropy

@@ -19,7 +19,7 @@ FLAGS += ["--teacher=adam", "--memory=save"]
 # It takes less time with rare collections and no pictures.
 CODE = """import gc; gc.set_threshold(50_000, 10, 10)
 from l2t_jax.runs import reporting; reporting.draw = lambda *_: None
-from experiments import classification; classification.cli()"""
+from experiments import _command, classification; _command.start(classification.main)"""
 
 
 def command(workdir, *flags):

@@ -7,10 +7,11 @@ from pathlib import Path
 import pytest
 from absl.testing import flagsaver
 
-from experiments import _flags, classification, replication
+from experiments import _flags, classification, compare, replication
 from l2t_jax import losses, methods, students
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import tables
+from l2t_jax.runs.cells import records_in
 from l2t_jax.runs.config import Config
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import shown
@@ -75,9 +76,9 @@ def test_results_table_is_the_record(path):
 def test_comparison_tables_are_their_records(folder):
     """table.md is what its records say, they are of clean commits, and README's excerpt is taken from them."""
     records = [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
-    groups = tables.sorted_groups(records)
     kind = folder.name.removeprefix("compare_")
-    assert (folder / "table.md").read_text() == tables.markdown(groups, records, f"{kind} labels")
+    table = compare.table(records, f"{kind} labels")
+    assert (folder / "table.md").read_text() == tables.markdown(table)
     for record in records:
         assert record["environment"]["git"]["dirty"] is False
         assert record["command"].startswith(f"python -m experiments.compare --table={kind} ")
@@ -87,23 +88,21 @@ def test_comparison_tables_are_their_records(folder):
     for line in lines[: lines.index("")]:
         method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         for setup, cell in zip(setups, cells, strict=True):
-            rows = next(rows for found, rows in groups.items() if tables.name_of(found) == setup)
-            assert cell == next((shown(row.score, row.metric) for row in rows if row.method == method), ""), (
-                method,
-                setup,
-            )
+            rows = next(section.rows for section in table.sections if section.title == setup)
+            scores = {row.method: shown(row.score, row.record["metric"]) for row in rows}
+            assert cell == scores.get(method, ""), (method, setup)
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
 def test_replication_tables_are_their_records(dataset):
     """table.md is what its records say, and so are the rows of README and docs."""
     folder = ROOT / "experiments" / "results" / f"replication_{dataset}"
-    given = {"dataset": dataset, "student": "mlp", "width": None, "shortcut": "a", "head_grid": 1, "rounds": None}
+    given = {"dataset": dataset, "student": "mlp", "rounds": None}
     stable = {"preset": "stable", "settings": PRESETS["stable"], "teacher": "lstm", "methods": ("l2t_dln",)}
-    found = replication.recorded(folder, Config(**given, **stable, memory="auto", seeds=(0,)))
-    assert (folder / "table.md").read_text() == replication.markdown(found)
-    columns = [rows for _, rows, _ in found.values()]
+    table = replication.table(Config(**given, **stable, memory="auto", seeds=(0,)), records_in(folder))
+    assert (folder / "table.md").read_text() == tables.markdown(table)
+    columns = [{row.name: row for row in section.rows} for section in table.sections]
     for page in (README, (ROOT / "docs" / "replication.md").read_text()):
         for name in {name for rows in columns for name in rows}:
-            cells = [shown(rows[name]["score"], ACCURACY) if name in rows else "" for rows in columns]
+            cells = [shown(rows[name].score, ACCURACY) if name in rows else "" for rows in columns]
             assert f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" in page

@@ -87,6 +87,7 @@ def cell(commit: str, score: float) -> dict[str, Any]:
         "methods": {"focal": {"score": score}},
         "environment": {"git": {"commit": commit, "dirty": False}},
         "metric": {"name": "error", "unit": ""},
+        "baseline": "cross_entropy",
     }
 
 

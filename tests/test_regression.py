@@ -17,6 +17,7 @@ import pytest
 from launching import execute, launch
 
 from experiments import classification, compare, noisy_labels
+from experiments._command import start
 from l2t_jax.data import Dataset
 from l2t_jax.losses import LOSSES, fixed, make_loss
 from l2t_jax.methods.l2rw import l2rw
@@ -211,4 +212,4 @@ def test_the_library_says_so_too():
 if __name__ == "__main__":
     for registry, name, entry in NEW:
         registry[name] = entry
-    compare.cli()
+    start(compare.main)

@@ -5,16 +5,20 @@ from launching import SMALL, launch, write_record
 
 from experiments import replication
 from experiments.replication import CE, FROZEN, GCE, LSTM, MWN, TUNED, promises
+from l2t_jax.runs.tables import Row
+from l2t_jax.types import Metric
 
 ADAM = "L2T-DLN, Adam, frozen"
 
 
 def rows(**accuracies):
     names = {"lstm": LSTM, "frozen": FROZEN, "adam": ADAM, "ce": CE, "gce": GCE, "mwn": MWN}
-    return {
+    methods = {
         names[name]: {"score": {"mean": sum(seeds) / len(seeds), "per_seed": seeds}, "failed": []}
         for name, seeds in accuracies.items()
     }
+    record = {"metric": Metric("accuracy", "%")._asdict(), "methods": methods}
+    return {name: Row(name, record, name) for name in methods}
 
 
 def missed(labels, found):
@@ -42,10 +46,10 @@ def test_each_bar_on_wrong_labels_is_seen_alone():
     assert missed("uniform", rows(**base | {"gce": [0.954]})) == []
     assert len(missed("uniform", rows(**base | {"mwn": [0.956]}))) == 2
     level = rows(**base)
-    level[ADAM]["score"]["mean"] += 2e-8  # the same accuracies, rounded to float32
+    level[ADAM].score["mean"] += 2e-8  # the same accuracies, rounded to float32
     assert missed("uniform", level) == []
     stopped = rows(**base)
-    stopped[LSTM]["failed"] = [{"seed": 0, "reason": "x"}]
+    stopped[LSTM].outcome["failed"] = [{"seed": 0, "reason": "x"}]
     assert "stops early" in missed("uniform", stopped)[0]
 
 
@@ -53,14 +57,14 @@ def test_the_table_is_of_tuned_settings(tmp_path, monkeypatch):
     """Every run is trained elsewhere; here, which runs are asked for and how they are told."""
     asked = {}
 
-    def run_cell(name, label, config, options, load):
-        asked[name] = config
+    def run_cell(cell, options, load):
+        config = asked[cell.name] = cell.config
         names = ["l2t_dln", "l2t_dln_transfer"] if config.methods == ("l2t_dln",) else config.methods
-        write_record(tmp_path, name, config, [0.9] * len(config.seeds), names)
+        write_record(tmp_path, cell.name, config, [0.9] * len(config.seeds), names)
         return 0
 
     (tmp_path / "records").mkdir()
-    monkeypatch.setattr(replication, "run_cell", run_cell)
+    monkeypatch.setattr("l2t_jax.runs.cells.run_cell", run_cell)
     assert launch(replication, "--rounds=2", f"--workdir={tmp_path}") == 0
     clean = {"digits_mlp_lstm_l2t_dln", "digits_mlp_adam_l2t_dln", f"digits_mlp_{CE}"}
     assert clean < set(asked) and len(asked) == 3 + 5 + 5

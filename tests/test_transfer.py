@@ -21,15 +21,16 @@ def test_table_has_the_sources_beside_what_is_trained_here(tmp_path, monkeypatch
     """Every run is trained elsewhere; here, which runs are asked for and how they are told."""
     asked = {}
 
-    def run_cell(name, label, config, options, load):
-        asked[name] = config.methods, config.teacher, options.teacher_from
-        values = [0.9, 0.8] if options.teacher_from is None else [0.95, 0.86]
-        names = ["l2t_dln", "l2t_dln_transfer"] if config.methods == ("l2t_dln",) else config.methods
-        write_record(tmp_path, name, config, values, names if options.teacher_from is None else names[1:])
+    def run_cell(cell, options, load):
+        methods = cell.config.methods
+        asked[cell.name] = methods, cell.config.teacher, cell.teacher_from
+        values = [0.9, 0.8] if cell.teacher_from is None else [0.95, 0.86]
+        names = ["l2t_dln", "l2t_dln_transfer"] if methods == ("l2t_dln",) else methods
+        write_record(tmp_path, cell.name, cell.config, values, names if cell.teacher_from is None else names[1:])
         return 0
 
     (tmp_path / "records").mkdir()
-    monkeypatch.setattr(transfer, "run_cell", run_cell)
+    monkeypatch.setattr(cells, "run_cell", run_cell)
     sources = ("shipped:mine", "runs/other")
     arguments = (*FEW, "--students=mlp,lenet", f"--sources={','.join(sources)}", f"--workdir={tmp_path}")
     assert launch(transfer, *arguments) == 0
@@ -44,7 +45,7 @@ def test_table_has_the_sources_beside_what_is_trained_here(tmp_path, monkeypatch
     table = (tmp_path / "table.md").read_text()
     sections = table.split("## ")[1:]
     assert [section.splitlines()[0] for section in sections] == ["digits, mlp", "digits, lenet"]
-    rows = {cells[1].strip(): cells[2:] for line in sections[0].splitlines() if len(cells := line.split("|")) > 3}
+    rows = {texts[1].strip(): texts[2:] for line in sections[0].splitlines() if len(texts := line.split("|")) > 3}
     names = ["cross entropy", "Adam as the teacher", "trained here, online", transfer.HERE]
     assert list(rows)[2:] == [*names, *(f"{source}, frozen" for source in sources)]
     accuracy, less_base, p, less_here, *_ = (cell.strip() for cell in rows["runs/other, frozen"])
@@ -53,7 +54,7 @@ def test_table_has_the_sources_beside_what_is_trained_here(tmp_path, monkeypatch
 
 def test_a_cell_of_other_teachers_is_not_taken_for_done(tmp_path):
     """Of two directories with one last name, the record of the first is not that of the second."""
-    config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "stable", "lstm", 2, "auto", (0,), Preset())
+    config = Config("digits", "mlp", ("l2t_dln",), "stable", "lstm", 2, "auto", (0,), Preset())
     (tmp_path / "records").mkdir()
     write_record(tmp_path, "cell", config, [0.9], ["l2t_dln_transfer"])
     record = tmp_path / "records" / "cell.json"
@@ -82,6 +83,6 @@ def test_a_cell_of_other_teachers_is_not_taken_for_done(tmp_path):
     ],
 )
 def test_what_makes_no_table_is_told(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(transfer, "BASES", {})
+    monkeypatch.setattr(transfer, "bases", lambda baseline: {})
     assert launch(transfer, *FEW, f"--workdir={tmp_path}/t", *arguments) == 2
     assert message in capsys.readouterr().err

@@ -120,9 +120,7 @@ def test_an_ablation_holds_rounds_equal_or_steps(unroll_lengths):
 
 
 def test_an_option_is_changed_alone():
-    config = Config(
-        "digits", "mlp", None, "a", 1, ablations.METHODS, "stable", "lstm", 2, "auto", (0,), PRESETS["stable"]
-    )
+    config = Config("digits", "mlp", ("l2t_dln", "cross_entropy"), "stable", "lstm", 2, "auto", (0,), PRESETS["stable"])
     options = ablations.ABLATIONS["options"]
     cells = [ablations.varied(config, options, "rounds", value) for value in options.values]
     assert cells[0] == config
@@ -134,7 +132,7 @@ def test_an_option_is_changed_alone():
 
 def test_the_sheet_reaches_every_knob_of_the_dln():
     settings = Preset(squash="identity", reduction="sum", residual=True, compress=3.0, dln_form="paper")
-    config = Config("digits", "mlp", None, "a", 1, ("l2t_dln",), "paper", "lstm", 2, "auto", (0,), settings)
+    config = Config("digits", "mlp", ("l2t_dln",), "paper", "lstm", 2, "auto", (0,), settings)
     known = {"form": "paper", "squash": "identity", "reduction": "sum", "residual": True, "compress": 3.0}
     assert dln_arguments(config.settings) == known and set(known) == set(inspect.signature(dln).parameters)
 

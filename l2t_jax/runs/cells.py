@@ -3,10 +3,10 @@
 import dataclasses
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from l2t_jax.data import Dataset
 from l2t_jax.presets import Preset
@@ -18,44 +18,65 @@ from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
 
 
+class Cell(NamedTuple):
+    """A run of a table."""
+
+    name: str  # of its record and its directory, of `cell_name`
+    label: str  # of its lines on the screen
+    config: Config
+    teacher_from: str | None = None  # whose frozen teachers teach
+
+
 def loader(config: Config, options: Options) -> Callable[[str], Dataset]:
     """From a data set's name to its data, as the config asks for them; the last one is kept in memory."""
     return lru_cache(maxsize=1)(lambda name: prepare(dataclasses.replace(config, dataset=name), options))
 
 
-def run_cell(name: str, label: str, config: Config, options: Options, load: Callable[[str], Dataset]) -> int:
-    """Run a cell unless its record is there.
+def run_cells(
+    cells: Iterable[Cell], options: Options, load: Callable[[str], Dataset]
+) -> tuple[dict[str, dict[str, Any]], int]:
+    """Run every cell that is not done.
 
     Args:
-      name: of its record and its directory, of `cell_name`.
-      label: of its line on the screen.
-      config: of this cell.
+      cells: in the order in which they run.
       options: of the table, whose directory is their workdir.
       load: of `loader`.
     Returns:
-      the exit code of the run, 0 where the record was there.
+      the record of each cell by its name, and the exit code: 0, or 1 where a seed stopped early now.
     Raises:
-      WorkdirError: the record that is there is of another run.
+      WorkdirError: a record that is there is of another run.
     """
+    records, code = {}, 0
+    for cell in cells:
+        code |= run_cell(cell, options, load)
+        records[cell.name] = read_record(record_path(Path(options.workdir), cell.name))
+    return records, code
+
+
+def run_cell(cell: Cell, options: Options, load: Callable[[str], Dataset]) -> int:
+    """Run a cell unless its record is there; see `run_cells`. Returns the run's exit code, 0 where nothing ran."""
     root = Path(options.workdir)
-    record, cell = root / "records" / f"{name}.json", root / "cells" / name
+    record, place = record_path(root, cell.name), root / "cells" / cell.name
     if record.exists():
-        _same(record, config, options.teacher_from)
+        _same(record, cell.config, cell.teacher_from)
         return 0
-    setting, entries = build_setting(
-        config, dataclasses.replace(options, workdir=str(cell), resume=True), load(config.dataset)
-    )
+    options = dataclasses.replace(options, workdir=str(place), resume=True, teacher_from=cell.teacher_from)
+    setting, entries = build_setting(cell.config, options, load(cell.config.dataset))
     code = run_entries(setting, entries, alone=False)
-    summary = read_record(cell / "summary.json")
+    summary = read_record(place / "summary.json")
     metric = summary["metric"]
     write_record(record, summary)
-    shutil.rmtree(cell / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
+    shutil.rmtree(place / "checkpoints", ignore_errors=True)  # its record is written, so it will not be resumed
+    unit = f" {metric['unit']}" if metric["unit"] else ""
     for row, method in summary["methods"].items():
         failed = f", {len(method['failed'])} seeds stopped early" if method["failed"] else ""
-        print(
-            f"{label}: {row} {shown(method['score'], metric)} {metric['unit']}, {method['wall_time_s']:.0f} s{failed}"
-        )
+        print(f"{cell.label}: {row} {shown(method['score'], metric)}{unit}, {method['wall_time_s']:.0f} s{failed}")
     return code
+
+
+def record_path(root: Path, name: str) -> Path:
+    """Where the record of a cell is in the directory of its table."""
+    return root / "records" / f"{name}.json"
 
 
 def group_of(config: Config) -> str:
@@ -69,9 +90,9 @@ def cell_name(*parts: object) -> str:
     return "_".join("_".join(filter(None, map(str, parts))).split())
 
 
-def records_in(root: Path) -> list[dict[str, Any]]:
-    """All records of a table."""
-    return [read_record(path) for path in sorted((root / "records").glob("*.json"))]
+def records_in(root: Path) -> dict[str, dict[str, Any]]:
+    """All records of a table's directory by the names of their cells."""
+    return {path.stem: read_record(path) for path in sorted((root / "records").glob("*.json"))}
 
 
 def _same(record: Path, config: Config, source: str | None) -> None:

@@ -148,7 +148,9 @@ def plot_curves(
     wrong_labels: float = 0.0,
 ) -> None:
     """Draw the validation curves of the methods and, where labels are wrong, what the students did with them."""
-    for name, label in (("validation_error", "validation error"), ("validation_accuracy", "validation accuracy")):
+    names = {name for row in rows for name in row if name.startswith("validation_")}
+    for name in sorted(names - {"validation_error_stage_one"}):
+        label = name.replace("_", " ")
         title, log_y = f"{what}: {label} while training", name == "validation_error"
         plots.learning_curves(
             folder / f"{prefix}{name}.png", curves(rows, name), ylabel=label, title=title, log_y=log_y
@@ -232,20 +234,25 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
     )
 
 
-def tested_on(config: dict[str, Any]) -> str:
-    """What the accuracy of a record was measured on."""
-    return "held-out" if config.get("held_out") else "test"
+def headline(record: dict[str, Any], unit: str = ", ") -> str:
+    """What the score of a record is, `test accuracy, %`.
 
-
-def headline(record: dict[str, Any]) -> str:
-    """What the score of a record is, for a column: `test accuracy, %`."""
-    metric = record["metric"]
-    return f"{tested_on(record['config'])} {metric['name']}" + (f", {metric['unit']}" if metric["unit"] else "")
+    Args:
+      record: of a run.
+      unit: what stands before the metric's unit, if it has one.
+    """
+    metric, tested_on = record["metric"], "held-out" if record["config"].get("held_out") else "test"
+    return f"{tested_on} {metric['name']}" + (f"{unit}{metric['unit']}" if metric["unit"] else "")
 
 
 def points(metric: dict[str, Any]) -> float:
     """By how much a score is multiplied to be shown in the metric's unit: percentages are of fractions."""
     return 100.0 if metric["unit"] == "%" else 1.0
+
+
+def decimals(metric: dict[str, Any]) -> int:
+    """How many decimals of a score are shown."""
+    return 2 if metric["unit"] == "%" else 4
 
 
 def result(score: dict[str, Any], failed: int, metric: dict[str, Any]) -> str:
@@ -257,6 +264,6 @@ def shown(score: dict[str, Any], metric: dict[str, Any]) -> str:
     """Write statistics of a score in the metric's unit, `97.22 ± 0.23`."""
     if score["mean"] is None:
         return "-"
-    scale = points(metric)
-    spread = "" if score["std"] is None else f" ± {scale * score['std']:.2f}"
-    return f"{scale * score['mean']:.2f}{spread}"
+    scale, places = points(metric), decimals(metric)
+    spread = "" if score["std"] is None else f" ± {scale * score['std']:.{places}f}"
+    return f"{scale * score['mean']:.{places}f}{spread}"

@@ -1,40 +1,195 @@
-"""Comparison tables from records: Markdown, and a picture. Every row is tested against cross entropy over the seeds.
+"""Tables from records: rows and columns are declared, and become Markdown or a picture.
 
-Legend: S seeds.
+A row is a method in a record, with the scores it is compared with. A column is a head and what it says of a row.
 """
 
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 from scipy import stats
 
-from l2t_jax.methods import method_names
 from l2t_jax.runs import plots
-from l2t_jax.runs.config import Noise
-from l2t_jax.runs.published import PUBLISHED, Setup
-from l2t_jax.runs.reporting import headline, points, result, shown
+from l2t_jax.runs.published import Setup
+from l2t_jax.runs.reporting import decimals, headline, points, result, shown
 
-BASELINE = "cross_entropy"
 LEVEL = 0.05
+
+Record = dict[str, Any]
+Score = dict[str, Any]  # mean, std, per_seed
 
 
 class Row(NamedTuple):
-    """A method in one group of the table."""
+    """A method in a record."""
 
-    method: str
-    score: dict[str, Any]  # mean, std, per_seed
-    metric: dict[str, Any]  # its name, its unit, whether higher or lower is better
-    difference: float | None  # of the mean from cross entropy's, in points
-    p: float | None  # of the paired test
-    published: float | None  # %
-    learned: int  # parameters of loss and teacher
-    steps: int
-    seconds: float
-    failed: int
+    name: str  # for readers
+    record: Record
+    method: str  # its name in the record
+    compared: tuple[Score | None, ...] = ()  # with these scores of its section; None: not to be compared
+
+    @property
+    def outcome(self) -> dict[str, Any]:
+        """What the record says of the method."""
+        found: dict[str, Any] = self.record["methods"][self.method]
+        return found
+
+    @property
+    def score(self) -> Score:
+        """Of the method."""
+        found: Score = self.outcome["score"]
+        return found
 
 
-Groups = dict[Setup, list[Row]]
+class Column(NamedTuple):
+    """What a table says of each row."""
+
+    head: str
+    text: Callable[[Row], str]
+
+
+class Section(NamedTuple):
+    """Rows under the same heads."""
+
+    columns: Sequence[Column]
+    rows: Sequence[Row]
+    title: str = ""
+    before: str = ""  # lines above the rows
+    after: str = ""
+
+
+class Table(NamedTuple):
+    """All that a table.md says."""
+
+    title: str
+    sections: Sequence[Section]
+    intro: str = ""
+    rule: str = "---"  # below each head
+
+
+def markdown(table: Table) -> str:
+    """A table as text."""
+    blocks = [f"# {table.title}", table.intro]
+    for section in table.sections:
+        blocks += [f"## {section.title}" if section.title else "", section.before]
+        blocks += [_lines(section, table.rule), section.after]
+    return "\n\n".join(filter(None, blocks)) + "\n"
+
+
+def _lines(section: Section, rule: str) -> str:
+    heads = [column.head for column in section.columns]
+    rows = [[column.text(row) for column in section.columns] for row in section.rows]
+    texts = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([texts[0], f"|{'|'.join([rule] * len(heads))}|", *texts[1:]])
+
+
+def write(root: Path, table: Table, *others: str) -> None:
+    """Write table.md, and say so with the other files of the directory."""
+    (root / "table.md").write_text(markdown(table))
+    print(f"Files: {root} ({', '.join(['table.md', *others])})")
+
+
+def draw(path: Path, sections: Sequence[Section], names: Iterable[str], title: str) -> None:
+    """Draw the scores, shaded where a test tells them from what they are compared with.
+
+    Args:
+      path: the picture.
+      sections: the columns.
+      names: the rows, in order.
+      title: above it.
+    """
+    cells: list[list[str]] = []
+    shades: list[list[bool | None]] = []
+    for name in names:
+        found = [next((row for row in section.rows if row.name == name), None) for section in sections]
+        cells.append([name, *("" if row is None else shown(row.score, row.record["metric"]) for row in found)])
+        shades.append([None, *(None if row is None else better(row) for row in found)])
+    record = sections[0].rows[0].record
+    baseline = words(baseline_of(record))
+    plots.table(
+        path,
+        [headline(record), *(section.title for section in sections)],
+        cells,
+        shades,
+        title=f"{title}: mean ± std over seeds\nshaded: not {baseline}'s (paired t test, p < {LEVEL})",
+    )
+
+
+# What columns say.
+
+
+def scores(head: str, method: str | None = None) -> Column:
+    """The score of the row's method, or of another one of its record."""
+
+    def text(row: Row) -> str:
+        outcome = row.record["methods"][method or row.method]
+        return result(outcome["score"], len(outcome["failed"]), row.record["metric"])
+
+    return Column(head, text)
+
+
+def differences(head: str = "difference", which: int = 0) -> tuple[Column, Column]:
+    """The difference from a score that rows are compared with, and the p value of it."""
+
+    def apart(row: Row) -> str:
+        found = difference(row, which)
+        return "" if found is None else f"{found:+.{decimals(row.record['metric'])}f}"
+
+    return Column(head, apart), Column("p", lambda row: probability(p_value(row, which)))
+
+
+def published(value: Callable[[Row], float | None], form: str = "g") -> Column:
+    """What a paper reports, in the form of numbers that is given."""
+
+    def text(row: Row) -> str:
+        found = value(row)
+        return "" if found is None else f"{found:{form}}"
+
+    return Column("published", text)
+
+
+STEPS = Column("student steps", lambda row: str(row.outcome["student_steps"]))
+SECONDS = Column("s a seed", lambda row: f"{row.outcome['wall_time_s'] / len(row.score['per_seed']):.0f}")
+
+
+def written(value: Any) -> str:
+    """The value of a setting, as flags have it."""
+    return f"{value:g}" if isinstance(value, float) else str(value).lower()
+
+
+def measured(record: Record, seeds: str | None = None) -> str:
+    """How tables begin: what a score is. Seeds: how many there are in other words than their number."""
+    what = headline(record, " in ")
+    over = seeds or f"{len(record['seeds'])} seeds"
+    return f"{what[0].upper()}{what[1:]}, mean ± sample standard deviation over {over}"
+
+
+# What rows are compared with, and how.
+
+
+def baseline_of(record: Record) -> str:
+    """The method that the others are compared with."""
+    name: str = record["baseline"]
+    return name
+
+
+def words(name: str) -> str:
+    """A name of methods or settings, for readers."""
+    return name.replace("_", " ")
+
+
+def difference(row: Row, which: int = 0) -> float | None:
+    """Of the row's mean from the mean of a score it is compared with, in points; None where there is none."""
+    other = row.compared[which]
+    if other is None or other is row.score or None in (row.score["mean"], other["mean"]):
+        return None
+    return points(row.record["metric"]) * float(row.score["mean"] - other["mean"])
+
+
+def p_value(row: Row, which: int = 0) -> float | None:
+    """Of the paired test against a score that the row is compared with; None where there is none."""
+    other = row.compared[which]
+    return None if other is None else paired(row.score["per_seed"], other["per_seed"])
 
 
 def paired(ours: list[float | None], baseline: list[float | None]) -> float | None:
@@ -54,139 +209,37 @@ def probability(p: float | None) -> str:
     return "" if p is None else "< 0.001" if p < 1e-3 else f"{p:.3f}"
 
 
-def collect(records: list[dict[str, Any]]) -> Groups:
-    """The rows of every group, in the order of the methods' names in the records."""
-    groups: dict[Setup, dict[str, tuple[dict[str, Any], dict[str, Any]]]] = {}
-    for record in records:
-        rows = groups.setdefault(setup_of(record), {})
-        rows |= {name: (method, record) for name, method in record["methods"].items()}
-    return {setup: [_row(setup, name, rows) for name in rows] for setup, rows in sorted(groups.items())}
+def better(row: Row) -> bool | None:
+    """Whether a row is better (True) or worse than what it is compared with first; None where the test cannot say."""
+    apart, p = difference(row), p_value(row)
+    if apart is None or p is None or p >= LEVEL:
+        return None
+    return (apart > 0) == (row.record["metric"]["better"] == "higher")
 
 
-def setup_of(record: dict[str, Any]) -> Setup:
+def rank(row: Row) -> tuple[bool, float]:
+    """A key to sort rows by: the best first, those without a score last."""
+    mean = row.score["mean"]
+    return mean is None, -worth(row.record) * (mean or 0.0)
+
+
+def worth(record: Record) -> float:
+    """By how much a score is multiplied to be in points of which more are better."""
+    return points(record["metric"]) * (1 if record["metric"]["better"] == "higher" else -1)
+
+
+# What a record was measured on.
+
+
+def setup_of(record: Record) -> Setup:
     """What a record was measured on."""
     noise = record["config"]["noise"]
-    return Setup(record["dataset"], record["student"], "" if noise is None else _noise_name(**noise))
-
-
-def _noise_name(kind: str, ratio: float, **_: Any) -> str:
-    return f"{kind} {100 * ratio:g}"
-
-
-def title_of(dataset: str, student: str, noise: Noise | None) -> str:
-    """`name_of` the group of a config."""
-    return name_of(Setup(dataset, student, "" if noise is None else _noise_name(noise.kind, noise.ratio)))
-
-
-def _row(setup: Setup, name: str, rows: dict[str, tuple[dict[str, Any], dict[str, Any]]]) -> Row:
-    method, record = rows[name]
-    score, difference, p = method["score"], None, None
-    base, base_record = rows.get(BASELINE, (None, None))
-    if base is not None and base_record is not None and name != BASELINE and base_record["seeds"] == record["seeds"]:
-        other = base["score"]
-        if score["mean"] is not None and other["mean"] is not None:
-            difference = points(record["metric"]) * (score["mean"] - other["mean"])
-        p = paired(score["per_seed"], other["per_seed"])
-    return Row(
-        method=name,
-        score=score,
-        metric=record["metric"],
-        difference=difference,
-        p=p,
-        published=PUBLISHED.get((setup, name)),
-        learned=sum(method["learned_parameters"].values()),
-        steps=method["student_steps"],
-        seconds=method["wall_time_s"],
-        failed=len(method["failed"]),
+    return Setup(
+        record["dataset"], record["student"], "" if noise is None else f"{noise['kind']} {100 * noise['ratio']:g}"
     )
 
 
-def sorted_groups(records: list[dict[str, Any]]) -> Groups:
-    """`collect`, with the rows in the order of the table."""
-    return {setup: sorted(rows, key=_place) for setup, rows in collect(records).items()}
-
-
-def render(root: Path, records: list[dict[str, Any]], title: str) -> None:
-    """Write table.md and table.png."""
-    groups = sorted_groups(records)
-    (root / "table.md").write_text(markdown(groups, records, title))
-    methods = sorted({row.method: row for rows in groups.values() for row in rows}.values(), key=_place)
-    cells, colours = [], []
-    for method in (row.method for row in methods):
-        found = [next((row for row in rows if row.method == method), None) for rows in groups.values()]
-        cells.append([method, *("" if row is None else shown(row.score, row.metric) for row in found)])
-        colours.append([None, *(None if row is None else _sign(row) for row in found)])
-    plots.table(
-        root / "table.png",
-        [headline(records[0]), *(name_of(setup) for setup in groups)],
-        cells,
-        colours,
-        title=f"{title}: mean ± std over seeds\nshaded: not cross entropy's (paired t test, p < {LEVEL})",
-    )
-
-
-def markdown(groups: Groups, records: list[dict[str, Any]], title: str) -> str:
-    """The tables as text, a section for each data set and student."""
-    lines, tested = [f"# Comparison, {title}", ""], headline(records[0])
-    lines += [
-        f"{tested[0].upper()}{tested[1:].replace(', %', ' in %')}, "
-        "mean ± sample standard deviation over the seeds, read once after the last step.",
-        "Difference and p: against cross entropy over the same seeds, paired two-sided t test, not corrected for the",
-        "number of rows. Published: what a paper reports for this student and data set, on its own budget.",
-        "",
-    ]
-    for setup, rows in groups.items():
-        record = next(r for r in records if setup_of(r) == setup)
-        config, settings = record["config"], record["config"]["settings"]
-        lines += [f"## {name_of(setup)}", ""]
-        lines += [
-            f"{record['student_parameters']} student parameters, {len(record['seeds'])} seeds, "
-            f"{config['rounds']} rounds of N = {record['unroll_length']}, batch {settings['batch_size']}, "
-            f"validation batch {settings['validation_batch_size']}, SGD {settings['student_lr']:g}, "
-            f"preset {record['preset']}{_noise(record)}.",
-            "",
-            f"| method | {record['metric']['name']} "
-            "| difference | p | published | learned parameters | student steps | s a seed |",
-            "|---|---|---|---|---|---|---|---|",
-        ]
-        for row in rows:
-            cells = [
-                row.method,
-                result(row.score, row.failed, row.metric),
-                "" if row.difference is None else f"{row.difference:+.2f}",
-                probability(row.p),
-                "" if row.published is None else f"{row.published:g}",
-                str(row.learned),
-                str(row.steps),
-                f"{row.seconds / max(1, len(record['seeds'])):.0f}",
-            ]
-            lines.append(f"| {' | '.join(cells)} |")
-        lines.append("")
-    return "\n".join(lines)
-
-
-def _noise(record: dict[str, Any]) -> str:
-    config = record["config"]
-    if config["noise"] is None:
-        return ""
-    return f", {100 * config['wrong_labels']:.1f} % of the labels wrong, {config['meta']} clean examples apart"
-
-
-def name_of(setup: Setup) -> str:
-    """A group's name for readers."""
+def name_of(record: Record) -> str:
+    """The same for readers."""
+    setup = setup_of(record)
     return ", ".join([setup.dataset, setup.student] + ([f"{setup.noise} %"] if setup.noise else []))
-
-
-def _place(row: Row) -> tuple[bool, bool, int, str]:
-    """Cross entropy first, then what learns nothing, then the rest, each in the order of METHODS."""
-    name = row.method.removesuffix("_transfer")
-    names = method_names()
-    known = names.index(name) if name in names else len(names)
-    return row.method != BASELINE, row.learned > 0, known, row.method
-
-
-def _sign(row: Row) -> bool | None:
-    """Whether a row is better (True) or worse than cross entropy, where the test says so."""
-    if row.p is None or row.p >= LEVEL or row.difference is None:
-        return None
-    return (row.difference > 0) == (row.metric["better"] == "higher")
