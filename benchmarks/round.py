@@ -98,7 +98,7 @@ def measure(
         ROUND: (execute, (state, *arguments)),
         HYPERGRADIENT: (compute, (part.phi, part.state, part.batches, part.validation)),
         PLAIN: (lambda *a: unroll(step, *a), (part.state, part.phi, part.batches)),
-        TEACHER: (_teach(teacher), (*jax.tree.map(jnp.copy, (state.teacher, state.memory)), part.phi, part.phi)),
+        TEACHER: (_teach(teacher), (*jax.tree.map(jnp.copy, (state.teacher, state.carried)), part.phi, part.phi)),
         DATA: (gather, arguments),
     }
     compiled = {}
@@ -161,9 +161,9 @@ def _rounds(
 def _teach(teacher: Teacher) -> Callable[..., Any]:
     """The teacher's update, and its gradient by Eq. 8."""
 
-    def teach(tau: PyTree, memory: PyTree, d: PyTree, phi: PyTree) -> Any:
-        update, pull, memory = jax.vjp(lambda tau: teacher.update(tau, memory, d, phi), tau, has_aux=True)
-        return update, memory, pull(d)
+    def teach(tau: PyTree, hidden: PyTree, d: PyTree, phi: PyTree) -> Any:
+        update, to_tau, hidden = jax.vjp(lambda tau: teacher.update(tau, hidden, d, phi), tau, has_aux=True)
+        return update, hidden, to_tau(d)
 
     return teach
 

@@ -1,7 +1,7 @@
 """What the benchmarks run: four students, the images they see, and the hypergradient's arguments made of them."""
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from l2t_jax.runs.parallel import Dispatch
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks.image_classification import ImageInfo, image_classification
 from l2t_jax.teachers import TEACHERS
-from l2t_jax.types import Batch, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
+from l2t_jax.types import Batch, How, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
 from l2t_jax.unroll import InnerLoss, OuterError, init_state, inner_objective, outer_objective
 
 BATCH, VALIDATION, EXAMPLES = 25, 100, 10_000
@@ -105,11 +105,10 @@ def teaching(
     *,
     teacher: Teacher | None = None,
     second_stage: str = "continue",
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
     batch: int = BATCH,
     validation: int = VALIDATION,
+    **how: Unpack[How],
 ) -> Teaching:
     """Rounds of L2T-DLN on a workload; the same arrays in every process."""
     workload, random = WORKLOADS[name], np.random.default_rng(0)
@@ -127,9 +126,8 @@ def teaching(
         optax.sgd(0.1),
         optax.adam(1e-3),
         second_stage=second_stage,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
+        **how,
     )
     plan = Plan(rounds, length, batch, validation, 0.5, EXAMPLES, STAGES[second_stage])
     return Teaching(method, task, data, plan)

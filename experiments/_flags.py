@@ -26,7 +26,7 @@ CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
     "student_schedule": SCHEDULES,
     "teacher_schedule": SCHEDULES,
     "second_stage": STAGES,
-    "reset_memory": RESET,
+    "reset_hidden": RESET,
     "accept": ACCEPT,
     "dln_form": INPUTS,
     "squash": SQUASH,

@@ -23,10 +23,10 @@ from l2t_jax.methods import method_names
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, run_cells
 from l2t_jax.runs.config import Config, Noise, Options
-from l2t_jax.runs.published import PUBLISHED, Setup
+from l2t_jax.runs.published import PUBLISHED, Group
 from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.reporting import plot_curves
-from l2t_jax.runs.tables import Column, Record, Row, Score, Section, Table, baseline_of, name_of, setup_of
+from l2t_jax.runs.tables import Column, Record, Row, Score, Section, Table, baseline_of, group_of_record, name_of
 
 FLAGS = flags.FLAGS
 for module in (_flags, _groups, _noise, _table_flag):
@@ -76,9 +76,9 @@ def cells(group: Config) -> list[Cell]:
 
 def table(records: list[Record], title: str) -> Table:
     """A section for each data set and student."""
-    groups: dict[Setup, list[Record]] = {}
+    groups: dict[Group, list[Record]] = {}
     for record in records:
-        groups.setdefault(setup_of(record), []).append(record)
+        groups.setdefault(group_of_record(record), []).append(record)
     return Table(
         title=f"Comparison, {title}",
         intro=f"{tables.measured(records[0], 'the seeds')}, read once after the last step.\n"
@@ -97,7 +97,7 @@ def section(records: list[Record]) -> Section:
         Column("method", lambda row: row.name),
         tables.scores(some["metric"]["name"]),
         *tables.differences(),
-        tables.published(lambda row: PUBLISHED.get((setup_of(row.record), row.method))),
+        tables.published(lambda row: PUBLISHED.get((group_of_record(row.record), row.method))),
         Column("learned parameters", lambda row: str(_learned(row))),
         tables.STEPS,
         tables.SECONDS,

@@ -73,13 +73,13 @@ def _nested(inner: InnerLoss, optimizer: optax.GradientTransformation, axis_name
     """Keep the state at the start of each segment of about sqrt(N) steps, and what mixed keeps within one segment."""
     step = _mixed(inner, optimizer, axis_name)
 
-    def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
+    def run(state: StudentState, phi: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
         count, size = segments(length_of(batches))
 
         def segment(state: StudentState, begin: Array | int, length: int) -> tuple[StudentState, Array]:
             # Sliced here, so that the batches of one segment are copied at a time and not those of all.
             part = jax.tree.map(lambda x: lax.dynamic_slice_in_dim(x, begin, length), batches)
-            return unroll(step, state, loss_params, part)
+            return unroll(step, state, phi, part)
 
         again = jax.checkpoint(partial(segment, length=size), prevent_cse=False)
         state, losses = lax.scan(again, state, size * jnp.arange(count))
@@ -114,14 +114,14 @@ def auto(
     def predicted(structure: Any, leaves: tuple[jax.ShapeDtypeStruct, ...]) -> tuple[dict[str, float], str]:
         return _predict(inner, optimizer, axis_name, *jax.tree.unflatten(structure, leaves))
 
-    def run(state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
+    def run(state: StudentState, phi: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
         length = length_of(batches)
-        leaves, structure = jax.tree.flatten((state, loss_params, batches))
+        leaves, structure = jax.tree.flatten((state, phi, batches))
         known = structure, tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
         kept, why = predicted(*known)
         if check_gradient and "mixed" in kept:
             if known not in found:
-                found[known] = untrue(inner, axis_name, state, loss_params, batches)
+                found[known] = untrue(inner, axis_name, state, phi, batches)
             if found[known]:
                 kept, why = {name: size for name, size in kept.items() if name not in FORWARD}, found[known]
         available = device_bytes() / at_once
@@ -133,18 +133,18 @@ def auto(
             shared = f", for each of {at_once} at once" if at_once > 1 else ""
             without = f"; not {', '.join(sorted({*STEPS, 'nested'} - kept.keys()))}: {why}" if why else ""
             logger.info("%s; the device has %s%s%s", line, _mib(available), shared, without)
-        return MEMORY_MODES[mode](inner, optimizer, axis_name)(state, loss_params, batches)
+        return MEMORY_MODES[mode](inner, optimizer, axis_name)(state, phi, batches)
 
     return run
 
 
-def untrue(inner: InnerLoss, axis_name: str | None, state: StudentState, loss_params: PyTree, batches: PyTree) -> str:
+def untrue(inner: InnerLoss, axis_name: str | None, state: StudentState, phi: PyTree, batches: PyTree) -> str:
     """Why the modes that are forward over reverse would be wrong for this inner loss, "" if they are right.
 
     Args: as in `kept_bytes`.
     """
     first = jax.tree.map(lambda x: x[0], batches)
-    gap = gradient_gap(inner, state.params, state.batch_stats, loss_params, first, axis_name=axis_name)
+    gap = gradient_gap(inner, state.params, state.batch_stats, phi, first, axis_name=axis_name)
     precision = max(float(jnp.finfo(jnp.result_type(x)).eps) for x in jax.tree.leaves(state.params))
     if gap <= min(0.3, 30 * math.sqrt(precision)):
         return ""
@@ -171,21 +171,21 @@ def kept_bytes(
     optimizer: optax.GradientTransformation,
     axis_name: str | None,
     state: StudentState,
-    loss_params: PyTree,
+    phi: PyTree,
     batches: PyTree,
 ) -> dict[str, float]:
     """Predict, by abstract evaluation, how many bytes each mode keeps for the backward pass of an unroll.
 
     Args:
       inner, optimizer, axis_name: as in `hypergradient`.
-      state, loss_params, batches (leaves [N, B, ...]): arrays, tracers or `jax.ShapeDtypeStruct`s.
+      state, phi, batches (leaves [N, B, ...]): arrays, tracers or `jax.ShapeDtypeStruct`s.
     Returns:
       mode -> bytes, without the modes that cannot differentiate this inner loss. What the batches and the loss
       parameters occupy anyway is not counted, nor is the working memory of
       a single step, except that of "remat", where it is the memory of the gradient that is computed again. "nested"
       copies the batches of two segments: of the last one, and of the one it computes again.
     """
-    return _predict(inner, optimizer, axis_name, state, loss_params, batches)[0]
+    return _predict(inner, optimizer, axis_name, state, phi, batches)[0]
 
 
 def _predict(
@@ -193,7 +193,7 @@ def _predict(
     optimizer: optax.GradientTransformation,
     axis_name: str | None,
     state: StudentState,
-    loss_params: PyTree,
+    phi: PyTree,
     batches: PyTree,
 ) -> tuple[dict[str, float], str]:
     """What `kept_bytes` says, and why a mode is not among them: no forward mode, or effects; "" if all are."""
@@ -201,7 +201,7 @@ def _predict(
     step, why = {}, ""
     for name, build in STEPS.items():
         try:
-            step[name] = _residual_bytes(build(inner, optimizer, axis_name), state, loss_params, first)
+            step[name] = _residual_bytes(build(inner, optimizer, axis_name), state, phi, first)
         except Exception as error:
             if name == "save":  # which any loss that has a hypergradient can be differentiated in
                 raise
@@ -220,14 +220,14 @@ def _predict(
     return kept, why
 
 
-def _residual_bytes(step: Step, state: StudentState, loss_params: PyTree, batch: PyTree) -> float:
+def _residual_bytes(step: Step, state: StudentState, phi: PyTree, batch: PyTree) -> float:
     """The bytes that differentiating one step keeps, beside its batch and the loss parameters."""
 
-    def residuals(state: StudentState, loss_params: PyTree, batch: PyTree) -> list[Any]:
-        _, pull = jax.vjp(lambda state, loss_params: step(state, loss_params, batch), state, loss_params)
-        return jax.tree.leaves(pull)
+    def residuals(state: StudentState, phi: PyTree, batch: PyTree) -> list[Any]:
+        _, backward = jax.vjp(lambda state, phi: step(state, phi, batch), state, phi)
+        return jax.tree.leaves(backward)
 
-    jaxpr = jax.make_jaxpr(residuals)(state, loss_params, batch).jaxpr
+    jaxpr = jax.make_jaxpr(residuals)(state, phi, batch).jaxpr
     there = set(jaxpr.invars[len(jax.tree.leaves(state)) :])
     kept = {v for v in jaxpr.outvars if not isinstance(v, Literal)} - there
     return sum(_bytes(v.aval) for v in kept)

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 
 from l2t_jax.inputs import run_now
-from l2t_jax.types import PyTree
+from l2t_jax.types import PyTree, Teacher
 
 FIRST = 6  # steps; optax.radam is unlike itself in so many
 
@@ -47,7 +47,7 @@ def check_optimizer(optimizer: Any, who: str) -> None:
     Raises:
       ValueError: it is not; a builder that was not called, or a teacher, perhaps.
     """
-    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or hasattr(optimizer, "memory"):
+    if not (hasattr(optimizer, "init") and hasattr(optimizer, "update")) or isinstance(optimizer, Teacher):
         called = "; give what it returns, optax.sgd(0.1) and not optax.sgd" if callable(optimizer) else ""
         raise ValueError(f"{who} is a {type(optimizer).__name__}: expected an optax transformation{called}.")
 

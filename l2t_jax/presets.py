@@ -28,7 +28,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | added to the LSTM       | -              | -              | -                  | -              | Eq. 3; code   |
 | DLN updates taken       | all            | all            | all                | all            | Eq. 3; code   |
 | lives of the student    | 1              | 1              | 1                  | 1              | Alg. 1; code  |
-| LSTM memory             | never cleared  | never cleared  | never cleared      | never cleared  | code          |
+| LSTM hidden state       | never cleared  | never cleared  | never cleared      | never cleared  | code          |
 | cleared after rounds    | never          | never          | never              | 5              | code          |
 """
 
@@ -67,7 +67,7 @@ class Preset:
     base: str = "none"
     accept: str = "always"
     lives: int = 1
-    reset_memory: str = "never"
+    reset_hidden: str = "never"
     window: int = 0
 
 

@@ -35,11 +35,11 @@ def mixed_gradient(inner: InnerLoss) -> Gradient:
     derivative (a straight-through estimator, a clipped gradient), use memory="save" or "remat"; `gradient_gap` tells.
     """
 
-    def forward(pull: Pull, at: Point, weights: list[Array]) -> tuple[Any, Any, Any]:
-        return *pull(at, at.params, weights), at
+    def forward(reverse: Reverse, at: Point, weights: list[Array]) -> tuple[Any, Any, Any]:
+        return *reverse(at, at.params, weights), at
 
-    def backward(pull: Pull, at: Point, weights: list[Array], u: tuple[list[Array], list[Array]]) -> list[Array]:
-        return jax.jvp(lambda *x: pull(at, *x), (at.params, weights), u, has_aux=True)[1]
+    def backward(reverse: Reverse, at: Point, weights: list[Array], u: tuple[list[Array], list[Array]]) -> list[Array]:
+        return jax.jvp(lambda *x: reverse(at, *x), (at.params, weights), u, has_aux=True)[1]
 
     return _with_derivative(inner, forward, backward)
 
@@ -53,11 +53,11 @@ def linearized_gradient(inner: InnerLoss) -> Gradient:
     Raises and limit: as `mixed_gradient`.
     """
 
-    def forward(pull: Pull, at: Point, weights: list[Array]) -> tuple[Any, Any, Any]:
-        derivatives, push, results = jax.linearize(lambda *x: pull(at, *x), at.params, weights, has_aux=True)
+    def forward(reverse: Reverse, at: Point, weights: list[Array]) -> tuple[Any, Any, Any]:
+        derivatives, push, results = jax.linearize(lambda *x: reverse(at, *x), at.params, weights, has_aux=True)
         return derivatives, results, push
 
-    def backward(pull: Pull, push: Any, weights: list[Array], u: tuple[list[Array], list[Array]]) -> list[Array]:
+    def backward(reverse: Reverse, push: Any, weights: list[Array], u: tuple[list[Array], list[Array]]) -> list[Array]:
         return push(*u)
 
     return _with_derivative(inner, forward, backward)
@@ -78,7 +78,7 @@ class Wanted(tuple[int, ...]):
 
 # (where, the wanted, theta, weights of the float outputs of the inner loss) -> derivatives of the weighed sum with
 # respect to theta and to the wanted; what the inner loss returns, flat
-Pull = Callable[..., tuple[list[Array], list[Array]]]
+Reverse = Callable[..., tuple[list[Array], list[Array]]]
 
 
 class Flat(NamedTuple):
@@ -90,10 +90,10 @@ class Flat(NamedTuple):
     structure: Any  # of it
     jaxpr: Jaxpr  # of the function
 
-    def pull(
+    def reverse(
         self, at: Point, wanted: Wanted, params: list[Array], weights: list[Array]
     ) -> tuple[list[Array], list[Array]]:
-        """See `Pull`."""
+        """See `Reverse`."""
 
         def floats_of(params: list[Array], some: list[Array]) -> tuple[list[Array], list[Array]]:
             rest = dict(zip(wanted, some, strict=True))
@@ -110,7 +110,7 @@ class Flat(NamedTuple):
         return [full_like(loss, 1), *(full_like(x, 0) for x in rest)]
 
 
-def flatten(inner: InnerLoss, params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree) -> Flat:
+def flatten(inner: InnerLoss, params: PyTree, batch_stats: PyTree, phi: PyTree, batch: PyTree) -> Flat:
     """Trace an inner loss, and make arguments of the traced arrays that it closes over.
 
     A function with a derivative of its own may not close over them, as jax would not know how to differentiate by them.
@@ -119,7 +119,7 @@ def flatten(inner: InnerLoss, params: PyTree, batch_stats: PyTree, loss_params: 
       ValueError: theta is not of floats, or the inner loss returns something else than it should.
     """
     check_floats(params, "params")
-    arguments = (params, batch_stats, loss_params, batch)
+    arguments = (params, batch_stats, phi, batch)
     checked = lambda *a: check_inner(inner(*a), a[0], a[1])  # noqa: E731
     closed, shapes = jax.make_jaxpr(checked, return_shape=True)(*arguments)
     traced = [isinstance(x, jax.core.Tracer) for x in closed.consts]
@@ -141,39 +141,37 @@ def flatten(inner: InnerLoss, params: PyTree, batch_stats: PyTree, loss_params: 
 
 
 def _with_derivative(
-    inner: InnerLoss, forward: Callable[[Pull, Point, list[Array]], Any], backward: Callable[..., list[Array]]
+    inner: InnerLoss, forward: Callable[[Reverse, Point, list[Array]], Any], backward: Callable[..., list[Array]]
 ) -> Gradient:
     """The student's gradient with a derivative made of two halves, which see lists of floats and no symbolic zeros.
 
     Args:
-      forward: (pull, where, weights) -> what pull returns, what backward needs.
-      backward: (pull, that, weights, (cotangents of the gradient, of the float outputs of inner)) -> cotangents of
-        theta and of the wanted floats. The pull of both halves knows which these are.
+      forward: (reverse, where, weights) -> what reverse returns, what backward needs.
+      backward: (reverse, that, weights, (cotangents of the gradient, of the float outputs of inner)) -> cotangents of
+        theta and of the wanted floats. The reverse of both halves knows which these are.
     """
 
-    def gradient(
-        params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree
-    ) -> tuple[PyTree, Array, PyTree]:
-        flat = flatten(inner, params, batch_stats, loss_params, batch)
+    def gradient(params: PyTree, batch_stats: PyTree, phi: PyTree, batch: PyTree) -> tuple[PyTree, Array, PyTree]:
+        flat = flatten(inner, params, batch_stats, phi, batch)
         _check_forward_mode(flat)
         count = len(flat.at.params)
 
-        def pull(wanted: Wanted) -> Pull:
-            return lambda at, params, weights: flat.pull(at, wanted, params, weights)
+        def reverse(wanted: Wanted) -> Reverse:
+            return lambda at, params, weights: flat.reverse(at, wanted, params, weights)
 
         def plain(*at: Any) -> tuple[list[Array], list[Array]]:
-            return pull(Wanted())(Point(*at), at[0], flat.weights())
+            return reverse(Wanted())(Point(*at), at[0], flat.weights())
 
         def kept(*primals: Any) -> tuple[Any, Any]:
             wanted = Wanted(i for i, primal in enumerate(primals[1]) if primal.perturbed)
             at = Point(*jax.tree.map(lambda p: p.value, primals, is_leaf=_is_primal))
-            derivatives, results, kept = forward(pull(wanted), at, flat.weights())
+            derivatives, results, kept = forward(reverse(wanted), at, flat.weights())
             return (derivatives[:count], results), (wanted, kept)
 
         def adjoint(residuals: Any, cotangents: Any) -> tuple[list[Array], list[Array | None], None]:
             wanted, kept = residuals
             u_gradient, u_results = jax.tree.map(_instantiate, cotangents, is_leaf=_is_zero)
-            found = backward(pull(wanted), kept, flat.weights(), (u_gradient, _floats(u_results)))
+            found = backward(reverse(wanted), kept, flat.weights(), (u_gradient, _floats(u_results)))
             of_rest = dict(zip(wanted, found[count:], strict=True))
             return found[:count], [of_rest.get(i) for i in range(len(flat.at.rest))], None
 
@@ -190,7 +188,7 @@ def gradient_gap(
     inner: InnerLoss,
     params: PyTree,
     batch_stats: PyTree,
-    loss_params: PyTree,
+    phi: PyTree,
     batch: PyTree,
     *,
     axis_name: str | None = None,
@@ -201,7 +199,7 @@ def gradient_gap(
     random u. Both agree where g is the gradient of the loss, and the forward one is what `mixed_gradient` takes.
 
     Args:
-      inner, params, batch_stats, loss_params, batch: as of a student step. Where values are not known yet (under jit),
+      inner, params, batch_stats, phi, batch: as of a student step. Where values are not known yet (under jit),
         random ones of the same shapes stand in for them.
       axis_name: mapped axis over which batches are split, if any.
     Returns:
@@ -209,21 +207,21 @@ def gradient_gap(
     Raises:
       ValueError: as `mixed_gradient`.
     """
-    flat = flatten(inner, params, batch_stats, loss_params, batch)
+    flat = flatten(inner, params, batch_stats, phi, batch)
     _check_forward_mode(flat)
     size = 1 if axis_name is None else lax.axis_size(axis_name)
-    wanted = Wanted(range(len(_floats(jax.tree.leaves((batch_stats, loss_params))))))
+    wanted = Wanted(range(len(_floats(jax.tree.leaves((batch_stats, phi))))))
 
     def both(at: Point, u: list[Array]) -> tuple[list[Array], list[Array]]:
         def gradient(params: list[Array], some: list[Array]) -> list[Array]:
             there = at._replace(rest=[*some, *at.rest[len(wanted) :]])
-            return flat.pull(there, Wanted(), params, flat.weights())[0]
+            return flat.reverse(there, Wanted(), params, flat.weights())[0]
 
         _, vjp = jax.vjp(gradient, at.params, [at.rest[i] for i in wanted])
         of_params, of_some = vjp(u)
         still = [full_like(x, 0) for x in _floats(flat.outputs)]
-        pull = lambda *x: flat.pull(at, wanted, *x)  # noqa: E731
-        forward = jax.jvp(pull, (at.params, flat.weights()), (u, still), has_aux=True)[1]
+        reverse = lambda *x: flat.reverse(at, wanted, *x)  # noqa: E731
+        forward = jax.jvp(reverse, (at.params, flat.weights()), (u, still), has_aux=True)[1]
         return [*of_params, *of_some], forward
 
     draws = np.random.default_rng(0)  # NumPy's, as each shape of jax's would be compiled
@@ -253,8 +251,8 @@ def _check_forward_mode(flat: Flat) -> None:
     """
     if "custom_vjp_call" not in _primitives(flat.jaxpr):
         return
-    pull = lambda params: flat.pull(flat.at, Wanted(), params, flat.weights())[0]  # noqa: E731
-    forward = jax.make_jaxpr(lambda params, u: jax.jvp(pull, (params,), (u,))[1])(flat.at.params, flat.at.params)
+    reverse = lambda params: flat.reverse(flat.at, Wanted(), params, flat.weights())[0]  # noqa: E731
+    forward = jax.make_jaxpr(lambda params, u: jax.jvp(reverse, (params,), (u,))[1])(flat.at.params, flat.at.params)
     if "custom_lin" in _primitives(forward.jaxpr):
         raise ValueError(
             "this memory mode differentiates the student's gradient forward, and a jax.custom_vjp inside the inner "

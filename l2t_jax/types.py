@@ -5,7 +5,7 @@ Everything random takes a key; nothing here holds state.
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
 import numpy as np
@@ -115,8 +115,8 @@ class Teacher(NamedTuple):
     """A (possibly learned) optimizer of the loss parameters."""
 
     init: Callable[[Key], PyTree]  # -> teacher parameters
-    memory: Callable[[PyTree], PyTree]  # loss parameters -> initial memory (LSTM state, optimizer moments)
-    # (params, memory, hypergradient, loss parameters) -> update to ADD to the loss parameters, new memory
+    hidden: Callable[[PyTree], PyTree]  # phi -> initial hidden state (an LSTM's, an optimizer's moments)
+    # (params, hidden state, hypergradient, phi) -> update to ADD to phi, new hidden state
     update: Callable[[PyTree, PyTree, PyTree, PyTree], tuple[PyTree, PyTree]]
 
 
@@ -155,8 +155,16 @@ class MethodState(NamedTuple):
     student: StudentState
     loss: PyTree  # loss parameters
     teacher: PyTree  # teacher parameters
-    memory: PyTree  # teacher memory
+    carried: PyTree  # what else goes on: the teacher's hidden state, counters, keys
     optimizer_state: PyTree  # of the teacher's own optimizer
+
+
+class How(TypedDict, total=False):
+    """How a hypergradient is computed, keywords of `hypergradient`: they change time and memory, and no result."""
+
+    memory: str
+    at_once: int
+    check_gradient: bool
 
 
 class Method(NamedTuple):

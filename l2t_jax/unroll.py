@@ -89,7 +89,13 @@ def losses_for(task: Task, loss: Loss) -> Callable[..., Errors]:
 
 
 def both_weights(of_rows: Array | tuple[()], of_examples: Array | tuple[()], count: int) -> Array | tuple[()]:
-    """The weight of each of `count` rows: its own times its example's; () where all count alike."""
+    """The weight of each of `count` rows: its own times its example's; () where all count alike.
+
+    Raises:
+      ValueError: there is not one weight for each row.
+    """
+    if not isinstance(of_rows, tuple) and jnp.shape(of_rows) != (count,):
+        raise ValueError(f"the weights of rows are {list(jnp.shape(of_rows))}: expected [{count}], one for each row.")
     if isinstance(of_examples, tuple):
         return of_rows
     repeated = jnp.repeat(of_examples, count // of_examples.shape[0])
@@ -156,10 +162,10 @@ def inner_objective(student: Student, task: Task, loss: Loss, *, axis_name: str 
     """
     outputs_of, losses_of = outputs_for(student, loss), losses_for(task, loss)
 
-    def inner(params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: Batch) -> tuple[Array, PyTree]:
+    def inner(params: PyTree, batch_stats: PyTree, phi: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         variables = {"params": params, "batch_stats": batch_stats}
         outputs, stats = outputs_of(variables, batch.inputs, True, *keys_for(student, batch))
-        return weighted_mean(losses_of(loss_params, outputs, batch), axis_name), stats
+        return weighted_mean(losses_of(phi, outputs, batch), axis_name), stats
 
     return inner
 
@@ -200,11 +206,9 @@ def init_state(variables: dict[str, PyTree], optimizer: optax.GradientTransforma
 def plain_gradient(inner: InnerLoss) -> Gradient:
     """The student's gradient by `jax.grad`, with nothing said about how it is differentiated in turn."""
 
-    def gradient(
-        params: PyTree, batch_stats: PyTree, loss_params: PyTree, batch: PyTree
-    ) -> tuple[PyTree, Array, PyTree]:
+    def gradient(params: PyTree, batch_stats: PyTree, phi: PyTree, batch: PyTree) -> tuple[PyTree, Array, PyTree]:
         def checked(params: PyTree) -> tuple[Array, PyTree]:
-            return check_inner(inner(params, batch_stats, loss_params, batch), params, batch_stats)
+            return check_inner(inner(params, batch_stats, phi, batch), params, batch_stats)
 
         check_floats(params, "params")
         (loss, stats), grads = jax.value_and_grad(checked, has_aux=True)(params)
@@ -223,15 +227,15 @@ def student_step(gradient: Gradient, optimizer: optax.GradientTransformation, *,
       axis_name: mapped axis over which a batch is split, if any. The mean is taken of the gradient, never of the
         loss: only so is the derivative through the step exact.
     Returns:
-      step(state, loss_params, batch) -> next state, loss [].
+      step(state, phi, batch) -> next state, loss [].
     Raises:
       ValueError: the optimizer is none; when called, it cannot take a step with a gradient alone.
     Source: L2T-DLN (NeurIPS 2023), Eq. 2.
     """
     check_optimizer(optimizer, "the student's optimizer")
 
-    def step(state: StudentState, loss_params: PyTree, batch: PyTree) -> tuple[StudentState, Array]:
-        grads, loss, stats = gradient(state.params, state.batch_stats, loss_params, batch)
+    def step(state: StudentState, phi: PyTree, batch: PyTree) -> tuple[StudentState, Array]:
+        grads, loss, stats = gradient(state.params, state.batch_stats, phi, batch)
         grads = mean_over(axis_name, grads)
         updates, optimizer_state = update_with(
             optimizer, grads, state.optimizer_state, state.params, "the student's optimizer"
@@ -241,7 +245,7 @@ def student_step(gradient: Gradient, optimizer: optax.GradientTransformation, *,
     return step
 
 
-def unroll(step: Step, state: StudentState, loss_params: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
+def unroll(step: Step, state: StudentState, phi: PyTree, batches: PyTree) -> tuple[StudentState, Array]:
     """Run N student steps, one for each entry of the batches (leaves [N, B, ...]).
 
     Returns:
@@ -252,7 +256,7 @@ def unroll(step: Step, state: StudentState, loss_params: PyTree, batches: PyTree
     length_of(batches)
 
     def checked(before: StudentState, batch: PyTree) -> tuple[StudentState, Array]:
-        after, loss = step(before, loss_params, batch)
+        after, loss = step(before, phi, batch)
         check_carried(before.optimizer_state, after.optimizer_state, "the student's optimizer", "its state")
         check_carried(before.params, after.params, "the student's optimizer", "params")
         return after, loss

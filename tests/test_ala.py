@@ -174,9 +174,9 @@ def test_two_rounds_against_plain_steps(x64):
     first, metrics = run(state, batches_of(0))
     chex.assert_trees_all_close(first.student, theta, rtol=1e-9, atol=1e-12)
     chex.assert_trees_all_equal((first.loss, first.teacher), (phi, state.teacher))
-    np.testing.assert_allclose(first.memory["history"], np.tile(costs, (4, 1, 1)), rtol=1e-9)
+    np.testing.assert_allclose(first.carried["history"], np.tile(costs, (4, 1, 1)), rtol=1e-9)
     np.testing.assert_allclose(metrics["window_metric"], before, rtol=1e-12)
-    assert metrics["reward"] == 0 and first.memory["replay"].stored == 0 and first.optimizer_state[0].count == 0
+    assert metrics["reward"] == 0 and first.carried["replay"].stored == 0 and first.optimizer_state[0].count == 0
 
     second, metrics = run(first, batches_of(1))
     moved = second.loss["phi"] - phi["phi"]
@@ -185,15 +185,15 @@ def test_two_rounds_against_plain_steps(x64):
     assert set(steps[OFF]) <= {-1, 0, 1} and np.any(steps[OFF] != 0) and np.all(np.diag(moved) == 0)
     theta, after, costs = reference(first, second.loss, batches_of(1))
     chex.assert_trees_all_close(second.student, theta, rtol=1e-9, atol=1e-12)
-    np.testing.assert_allclose(second.memory["history"][-1], costs, rtol=1e-9)
-    np.testing.assert_array_equal(second.memory["history"][:-1], first.memory["history"][1:])
+    np.testing.assert_allclose(second.carried["history"][-1], costs, rtol=1e-9)
+    np.testing.assert_array_equal(second.carried["history"][:-1], first.carried["history"][1:])
     assert metrics["reward"] == np.sign(before - after) != 0
-    kept = part(second.memory["replay"].experience, 0)
+    kept = part(second.carried["replay"].experience, 0)
     np.testing.assert_array_equal(kept.actions, steps[OFF] + 1)  # all six pairs, in order
-    seen = pair_policy.pair_features(first.memory["history"], phi["phi"], jnp.array(K / 30))
+    seen = pair_policy.pair_features(first.carried["history"], phi["phi"], jnp.array(K / 30))
     np.testing.assert_allclose(kept.features, seen[OFF], rtol=1e-12)
-    assert kept.reward == metrics["reward"] and second.memory["replay"].stored == 1
-    np.testing.assert_allclose(second.memory["baseline"], 0.1 * metrics["reward"])
+    assert kept.reward == metrics["reward"] and second.carried["replay"].stored == 1
+    np.testing.assert_allclose(second.carried["baseline"], 0.1 * metrics["reward"])
     gradient = GRADIENT(first.teacher, jax.tree.map(lambda x: x[None], kept), jnp.array(0.0))
     update, _ = optax.adam(1e-3).update(gradient, first.optimizer_state, first.teacher)
     chex.assert_trees_all_close(second.teacher, optax.apply_updates(first.teacher, update), rtol=1e-9, atol=1e-12)
@@ -223,10 +223,10 @@ def test_reward_is_plus_one_where_the_error_falls():
         at.append(float(metrics["window_metric"]))
     assert rewards == [0, 1, -1, 0, 1]
     np.testing.assert_allclose(at[1], (0.81 * 0.5 + 0.9 * 0.5 + 0.25) / 2.71, rtol=1e-6)
-    np.testing.assert_allclose(state.memory["baseline"], 0.9 * (0.9 * (0.9 * 0.1 - 0.1)) + 0.1, atol=1e-6)
+    np.testing.assert_allclose(state.carried["baseline"], 0.9 * (0.9 * (0.9 * 0.1 - 0.1)) + 0.1, atol=1e-6)
     # Classes 1 and 2 were never seen: they keep what is known of a student that guesses.
-    np.testing.assert_allclose(state.memory["history"][:, 1:], np.log(C), rtol=1e-6)
-    assert not np.allclose(state.memory["history"][:, 0], np.log(C))
+    np.testing.assert_allclose(state.carried["history"][:, 1:], np.log(C), rtol=1e-6)
+    assert not np.allclose(state.carried["history"][:, 0], np.log(C))
 
 
 def test_children_are_separate_runs_under_a_frozen_policy(x64):
@@ -235,19 +235,19 @@ def test_children_are_separate_runs_under_a_frozen_policy(x64):
     alone, single = build(learn=False, beta=0.2)
     chex.assert_trees_all_equal(single.student, state.student)
     run, run_alone = jax.jit(method.round), jax.jit(alone.round)
-    starts = [single] + [single._replace(student=part(state.memory["others"].student, c)) for c in (0, 1)]
+    starts = [single] + [single._replace(student=part(state.carried["others"].student, c)) for c in (0, 1)]
     for r in range(3):
         state, _ = run(state, batches_of(r))
         starts = [run_alone(one, batches_of(r))[0] for one in starts]
-    others = state.memory["others"]
+    others = state.carried["others"]
     for c in (0, 1):
         theirs = starts[c + 1]
-        expected = (theirs.student, theirs.loss, theirs.memory["history"], theirs.memory["metric"])
+        expected = (theirs.student, theirs.loss, theirs.carried["history"], theirs.carried["metric"])
         chex.assert_trees_all_close(tuple(part(others, c)), expected, rtol=1e-9, atol=1e-12)
     chex.assert_trees_all_close((state.student, state.loss), (starts[0].student, starts[0].loss), rtol=1e-9, atol=1e-12)
     kernels = [np.asarray(s.student.params["hidden"]["kernel"]) for s in starts]
     assert np.abs(kernels[0] - kernels[1]).max() > 1e-2 < np.abs(kernels[1] - kernels[2]).max()
-    assert np.any(np.asarray(state.loss["phi"])[OFF]) and state.memory["replay"] == ()
+    assert np.any(np.asarray(state.loss["phi"])[OFF]) and state.carried["replay"] == ()
     chex.assert_trees_all_equal(state.teacher, single.teacher)
 
 
@@ -267,15 +267,15 @@ def test_learning_children_resume_and_share_one_policy(learning):
     again, _ = run(jax.tree.map(lambda x: jnp.array(np.array(x)), state), batches_of(4))
     further, metrics = run(state, batches_of(4))
     chex.assert_trees_all_equal(again, further)
-    assert further.memory["replay"].stored == 8  # the first round only observes
+    assert further.carried["replay"].stored == 8  # the first round only observes
     assert metrics["policy_gradient_norm"] > 0 and 0 < metrics["policy_entropy"] <= np.log(3)
     assert optax.tree.norm(optax.tree.sub(further.teacher, state.teacher)) > 1e-4
     assert all(np.all(flag) for flag in jax.tree.leaves(metrics["finite"]))
-    other, _ = run(state._replace(memory=state.memory | {"rounds": state.memory["rounds"] + 1}), batches_of(4))
+    other, _ = run(state._replace(carried=state.carried | {"rounds": state.carried["rounds"] + 1}), batches_of(4))
     assert np.any(other.loss["phi"] != further.loss["phi"])
-    spoiled, _ = run(state._replace(memory=state.memory | {"baseline": jnp.array(5.0)}), batches_of(4))
+    spoiled, _ = run(state._replace(carried=state.carried | {"baseline": jnp.array(5.0)}), batches_of(4))
     assert np.any(spoiled.teacher[0].kernel != further.teacher[0].kernel)
-    phis = np.concatenate([further.loss["phi"][None], further.memory["others"].loss["phi"]])
+    phis = np.concatenate([further.loss["phi"][None], further.carried["others"].loss["phi"]])
     assert np.any(phis[0] != phis[1]) and np.abs(phis).max() <= 1
 
 
@@ -290,7 +290,7 @@ def test_a_policy_of_three_classes_teaches_four(learning):
     state, run = state._replace(teacher=policy), jax.jit(method.round)
     state, _ = run(state, batches_of(0))
     after, metrics = run(state, batches_of(1))
-    features = pair_policy.pair_features(state.memory["history"], state.loss["phi"], jnp.array(K / 30))
+    features = pair_policy.pair_features(state.carried["history"], state.loss["phi"], jnp.array(K / 30))
     moves = 0.1 * (jnp.argmax(pair_policy.action_logits(policy, features), -1) - 1) * ~np.eye(4, dtype=bool)
     np.testing.assert_allclose(after.loss["phi"], jnp.eye(4) + moves, atol=1e-6)
     assert np.any(moves)
@@ -313,7 +313,7 @@ def test_split_over_an_axis_and_seeds_side_by_side(x64):
         chex.assert_trees_all_close(one, other, rtol=1e-10, atol=1e-12)
         chex.assert_trees_all_close(one, seed, rtol=1e-10, atol=1e-12)
         state, _ = one
-    assert np.any(state.memory["replay"].experience.reward) and state.memory["replay"].stored == 4
+    assert np.any(state.carried["replay"].experience.reward) and state.carried["replay"].stored == 4
     assert np.any(states.loss["phi"][0] != states.loss["phi"][1])
 
 

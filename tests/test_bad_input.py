@@ -32,7 +32,7 @@ from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.weight_net import weight_net
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods import method_names
-from l2t_jax.methods.common import several
+from l2t_jax.methods.common import merge_rounds
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.methods.meta_weight_net import meta_weight_net
@@ -574,10 +574,10 @@ ROUND = {
 X, W = np.ones((2, 5, 5, 3), np.float32), np.ones((3, 3, 3, 4), np.float32)
 
 
-def taught(teacher, hypergradient=None, memory=None, params=None):
+def taught(teacher, hypergradient=None, hidden=None, params=None):
     params = teacher.init(jax.random.key(0)) if params is None else params
     return teacher.update(
-        params, teacher.memory(PHI) if memory is None else memory, PHI if hypergradient is None else hypergradient, PHI
+        params, teacher.hidden(PHI) if hidden is None else hidden, PHI if hypergradient is None else hypergradient, PHI
     )
 
 
@@ -605,20 +605,20 @@ DOORS = {
     "for optax, of another shape": (lambda: taught(ADAM, PHI | {"a": jnp.ones(2)}), r"hypergradient/a is \[2\]"),
     "for optax without a state": (lambda: taught(from_optax(optax.sgd(0.1)), {"a": PHI["a"]}), "another structure"),
     "a memory of other loss parameters": (
-        lambda: taught(LSTM, memory=LSTM.memory(jnp.zeros(3))),
-        r"the teacher's memory/.* is \[3, 64\] .* is \[10, 64\]",
+        lambda: taught(LSTM, hidden=LSTM.hidden(jnp.zeros(3))),
+        r"the teacher's hidden state/.* is \[3, 64\] .* is \[10, 64\]",
     ),
     "the memory of an odd teacher": (
-        lambda: taught(LSTM, memory=coordinate_lstm(odd=True).memory(PHI)),
-        "the teacher's memory has another structure",
+        lambda: taught(LSTM, hidden=coordinate_lstm(odd=True).hidden(PHI)),
+        "the teacher's hidden state has another structure",
     ),
     "a memory without a window": (
-        lambda: taught(coordinate_lstm(window=3), memory=LSTM.memory(PHI)),
-        "the teacher's memory has another structure",
+        lambda: taught(coordinate_lstm(window=3), hidden=LSTM.hidden(PHI)),
+        "the teacher's hidden state has another structure",
     ),
     "the memory of another optimizer": (
-        lambda: taught(ADAM, memory=from_optax(optax.sgd(0.1)).memory(PHI)),
-        "the teacher's memory has another structure",
+        lambda: taught(ADAM, hidden=from_optax(optax.sgd(0.1)).hidden(PHI)),
+        "the teacher's hidden state has another structure",
     ),
     "parameters that preprocess nothing": (
         lambda: taught(LSTM, params=coordinate_lstm(preprocess=None).init(jax.random.key(0))),
@@ -637,7 +637,7 @@ DOORS = {
     "a teacher that wants a value": (lambda: taught(from_optax(optax.polyak_sgd())), "the teacher cannot take a step"),
     "a sum of nothing": (lambda: sum_of(), "sum_of is given none: expected one or more"),
     "a sum of optimizers": (lambda: sum_of(optax.adam(1e-3)), "sum_of is given .*from_optax makes one"),
-    "a sum's memory": (lambda: taught(sum_of(ADAM, ADAM), memory=ADAM.memory(PHI)), "must be a tuple of 2|structure"),
+    "a sum's memory": (lambda: taught(sum_of(ADAM, ADAM), hidden=ADAM.hidden(PHI)), "must be a tuple of 2|structure"),
     "a sum's parameters": (lambda: taught(sum_of(ADAM), params={}), "parameters of a sum of teachers must be a tuple"),
     "an unknown teacher": (lambda: build_teacher("x", 0.1), "teacher 'x' is unknown; choose one of lstm"),
     "an unknown base": (lambda: build_teacher("lstm", 0.1, base="x"), "base 'x' is unknown; choose one of none, lstm"),
@@ -748,7 +748,10 @@ DOORS = {
         for value in (0, 1, float("nan"), "x", None)
     },
     "epoch -1": (lambda: Plan(**ROUND).split(0, -1), "epoch=-1 is not an integer"),
-    "no rounds as one": (lambda: several(l2rw(toy.student, toy.task, optax.sgd(0.1)), 0), "several rounds=0 is not"),
+    "no rounds as one": (
+        lambda: merge_rounds(l2rw(toy.student, toy.task, optax.sgd(0.1)), 0),
+        "merge_rounds rounds=0 is not",
+    ),
     # convolutions
     "pixels": (lambda: conv2d(X.astype(np.uint8), W), "x is uint8: expected an array of floats"),
     "a list of pixels": (lambda: conv2d([[1.0]], W), "x is a list: expected an array of floats"),

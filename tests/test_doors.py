@@ -608,7 +608,7 @@ def build(loss, **options):
     return l2t_dln(toy.student, toy.task, loss, toy.teacher, SGD, SGD, **options)
 
 
-def without(loss_params):
+def without(phi):
     return make_loss(lambda params, outputs, targets: toy.task.error(outputs, targets))
 
 

@@ -159,6 +159,7 @@ def test_methods_with_objectives_of_their_own_drop_too(build):
         state = method.init(jax.random.key(1), data.inputs)
         states.append(method.round(state, training.RoundBatches(*given, True))[0].student.params)
     assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, states), strict=True))
+    assert method.pull(state, data._replace(key=()), data).shape == (6,)  # of a record, which has no keys
     with pytest.raises(ValueError, match=r"draws at random \(dropout\), and the training batch has no keys"):
         method.round(state, training.RoundBatches(given[0]._replace(key=()), given[1], True))
 

@@ -216,7 +216,7 @@ def test_hypergradient_against_finite_differences(life, x64):
 def test_features_are_those_of_the_life(life, x64):
     """At the end of a life: of the last batch what is of a batch, the averages, the dev accuracy of the round."""
     state, after, metrics, (features, _, validation) = life.state, life.after, life.metrics, life.data
-    running = after.memory["running"]
+    running = after.carried["running"]
     ours = state_features(running, num_classes=C, steps=N)
     right = float(metrics["validation_accuracy"])
     assert right == np.mean(forward(life.theta, validation.inputs).argmax(-1) == validation.targets) and 0 < right < 1
@@ -244,11 +244,11 @@ def test_whole_life_is_a_window_of_the_same_fresh_student(life, x64):
     """In the first round that of init, then new ones: everything of a student begins anew, the teacher goes on."""
     whole = build(life="whole")
     run, state, other = jax.jit(whole.round), begin(whole), life.state
-    key = jax.random.wrap_key_data(state.memory["key"])
+    key = jax.random.wrap_key_data(state.carried["key"])
     for k in range(3):
         if k:
             drawn = toy.student.init(jax.random.fold_in(key, k), jnp.zeros((2, 5)))
-            other = other._replace(student=init_state(drawn, MOMENTUM), memory={"running": newborn()})
+            other = other._replace(student=init_state(drawn, MOMENTUM), carried={"running": newborn()})
         state, metrics = run(state, batches_of(k))
         other, expected = life.run(other, batches_of(k))
         chex.assert_trees_all_close(
@@ -256,8 +256,8 @@ def test_whole_life_is_a_window_of_the_same_fresh_student(life, x64):
         )
         chex.assert_trees_all_close(state.optimizer_state, other.optimizer_state)
         chex.assert_trees_all_close(metrics, expected, rtol=1e-9)
-        chex.assert_trees_all_close(state.memory["running"], other.memory["running"])
-    assert state.memory["lives"] == 3
+        chex.assert_trees_all_close(state.carried["running"], other.carried["running"])
+    assert state.carried["lives"] == 3
     with pytest.raises(ValueError, match="a round has 3 steps, a whole life 4"):
         whole.round(state, batches_of(0, steps=3))
 
@@ -289,7 +289,7 @@ def test_frozen_teacher_teaches_the_same_and_stays(life, x64):
     before = (life.state.teacher, life.state.optimizer_state)
     chex.assert_trees_all_equal((stayed.teacher, stayed.optimizer_state), before)
     assert optax.tree.norm(optax.tree.sub(life.after.teacher, life.state.teacher)) > 1e-4
-    found, expected = (stayed.student, stayed.memory), (life.after.student, life.after.memory)
+    found, expected = (stayed.student, stayed.carried), (life.after.student, life.after.carried)
     chex.assert_trees_all_close(found, expected, rtol=1e-9, atol=1e-14)  # a bias before BatchNorm is rounding alone
     np.testing.assert_allclose(metrics["dlf_measure"], life.metrics["dlf_measure"], rtol=1e-9)
     assert metrics["hypergradient_norm"] == 0
@@ -301,8 +301,8 @@ def test_teacher_steps_reduce_the_measure():
 
     def again(state, _):
         new, metrics = method.round(state, batches_of(2))
-        memory = new.memory | {"lives": state.memory["lives"]}
-        return new._replace(student=state.student, memory=memory), metrics["dlf_measure"]
+        carried = new.carried | {"lives": state.carried["lives"]}
+        return new._replace(student=state.student, carried=carried), metrics["dlf_measure"]
 
     states = jax.vmap(lambda seed: begin(method, seed, alive=False))(jnp.arange(2))
     _, measures = jax.jit(jax.vmap(partial(jax.lax.scan, again, length=15)))(states)

@@ -11,7 +11,7 @@ import pytest
 import toy
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.methods.common import on_validation, reborn, several
+from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.teachers import TEACHERS
@@ -62,7 +62,7 @@ def reference(second_stage, tau, state, flow):
         end, _ = unroll(step, start, new_phi, data[1][0])
         return new_phi, h, end, outer(end.params, end.batch_stats, data[1][1])[0]
 
-    phi, h, theta, _ = one_round(0, state.loss, state.memory, state.student, lambda name, x: x)
+    phi, h, theta, _ = one_round(0, state.loss, state.carried, state.student, lambda name, x: x)
     stop = jax.lax.stop_gradient
     gate = lambda name, x: jax.tree.map(lambda x: flow[name] * x + (1 - flow[name]) * stop(x), x)  # noqa: E731
     return one_round(1, phi, h, theta, gate)[-1]
@@ -100,7 +100,7 @@ def test_teacher_gradient_is_gamma_times_the_vjp(second_stage, x64):
     @jax.jit
     def written_out(state, data):
         first = differentiate(state.loss, state.student, *data[0])
-        g, pull = jax.vjp(lambda tau: unit.update(tau, state.memory, first.gradient, state.loss)[0], state.teacher)
+        g, pull = jax.vjp(lambda tau: unit.update(tau, state.carried, first.gradient, state.loss)[0], state.teacher)
         phi = jax.tree.map(lambda p, g: p + GAMMA * g, state.loss, g)
         second = differentiate(phi, first.state if second_stage == "continue" else state.student, *data[1])
         return phi, second, optax.tree.scale(GAMMA, pull(second.gradient)[0])
@@ -178,11 +178,11 @@ def test_frozen_teacher_teaches_the_same_and_stays(second_stage):
 
 
 def test_memory_is_reset_at_an_epoch_only_if_asked():
-    for reset_memory, forgets in (("epoch", True), ("never", False)):
-        method, state = build("restart", teacher=toy.teacher, reset_memory=reset_memory, learn=False)
+    for reset_hidden, forgets in (("epoch", True), ("never", False)):
+        method, state = build("restart", teacher=toy.teacher, reset_hidden=reset_hidden, learn=False)
         run, b = jax.jit(method.round), batches_of(1, 1)
         state, _ = run(state, batches_of(0, 1))
-        forgotten = state._replace(memory=jax.tree.map(jnp.zeros_like, state.memory))
+        forgotten = state._replace(carried=jax.tree.map(jnp.zeros_like, state.carried))
         at_start, _ = run(state, b._replace(first_of_epoch=jnp.array(True)))
         within, _ = run(state, b)
         from_zero, _ = run(forgotten, b)
@@ -221,7 +221,7 @@ def test_fixed_loss_takes_the_same_steps(stages):
 
 
 def test_unknown_choices_name_the_known_ones():
-    for knob in ("second_stage", "reset_memory"):
+    for knob in ("second_stage", "reset_hidden"):
         with pytest.raises(ValueError, match=f"{knob} 'no' is unknown; choose one of"):
             build(**({"second_stage": "restart"} | {knob: "no"}))
 
@@ -232,7 +232,7 @@ def test_on_validation_is_training_on_the_meta_set():
     state = plain.init(jax.random.key(0), jnp.zeros((2, 5)))
     meta = toy.batch(1, 3, 7)
     rounds = jnp.array(False)
-    swapped = jax.jit(several(on_validation(plain), 3).round)
+    swapped = jax.jit(merge_rounds(on_validation(plain), 3).round)
     ours, _ = swapped(state, RoundBatches(toy.batch(0, 3, 1, 6), meta, rounds))
     other, _ = swapped(state, RoundBatches(toy.batch(2, 3, 1, 6), meta, rounds))
     chex.assert_trees_all_equal(ours, other)
@@ -245,7 +245,7 @@ def test_several_rounds_as_one_are_those_rounds(x64):
     method, start = build("restart", optax.identity(), TEACHERS["sgd"](GAMMA))
     start = toy.to_x64(start)
     train, validation = toy.to_x64((toy.batch(0, 3, 1, 6), toy.batch(1, 3, 7)))
-    together = several(method, 3)
+    together = merge_rounds(method, 3)
     assert (together.stages, together.steps_per_round) == (3, 3)
     state, metrics = jax.jit(together.round)(start, RoundBatches(train, validation, jnp.array(True)))
     one, each = start, []
@@ -318,10 +318,10 @@ def test_a_teacher_of_many_lives():
         return moved, {"validation_error": jnp.sum(moved.student)}
 
     method = Method(init=init, round=round, stages=1, steps_per_round=1)
-    many = reborn(method, 2)
+    many = over_lives(method, 2)
     key, inputs = jax.random.key(3), jnp.zeros((6, 5))
     state, alone = many.init(key, inputs), method.init(key, inputs)
-    chex.assert_trees_all_equal(state._replace(memory=state.memory.memory), alone)
+    chex.assert_trees_all_equal(state._replace(carried=state.carried.carried), alone)
     one, other = jax.jit(many.round), jax.jit(method.round)
     students = []
     for r in range(5):
@@ -331,9 +331,9 @@ def test_a_teacher_of_many_lives():
             students.append(alone.student)
         state, metrics = one(state, batches_of(r, 1))
         alone, expected = other(alone, batches_of(r, 1))
-        chex.assert_trees_all_close(state._replace(memory=state.memory.memory), alone, rtol=1e-6, atol=1e-7)
+        chex.assert_trees_all_close(state._replace(carried=state.carried.carried), alone, rtol=1e-6, atol=1e-7)
         chex.assert_trees_all_close(metrics["validation_error"], expected["validation_error"], rtol=1e-5)
-        assert state.memory.rounds == r + 1
+        assert state.carried.rounds == r + 1
     assert jnp.linalg.norm(students[0] - students[1]) > 0.1
     with pytest.raises(ValueError, match="a life of 0 rounds"):
-        reborn(method, 0)
+        over_lives(method, 0)

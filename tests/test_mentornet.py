@@ -11,7 +11,7 @@ import pytest
 import toy
 from jax.flatten_util import ravel_pytree
 
-from l2t_jax.methods.common import several
+from l2t_jax.methods.common import merge_rounds
 from l2t_jax.methods.mentornet import init_network, kept_examples, mentornet, network_weight, predefined_weight
 from l2t_jax.students import from_linen
 from l2t_jax.types import Batch, RoundBatches
@@ -34,7 +34,7 @@ def build(student=toy.student, **knobs):
 
 
 def at(state, count, percentile=0.0):
-    return state._replace(memory=state.memory | {"steps": jnp.int32(count), "percentile": jnp.float64(percentile)})
+    return state._replace(carried=state.carried | {"steps": jnp.int32(count), "percentile": jnp.float64(percentile)})
 
 
 @jax.jit
@@ -84,10 +84,10 @@ def test_moving_percentile_and_the_three_phases(x64):
         after, metrics = run(at(state, count, 1.5), b)
         chex.assert_trees_all_close(after.student.params, moved(state.student, weights, gradients), atol=1e-12)
         chex.assert_trees_all_close(after.student.batch_stats, stats, rtol=1e-12)
-        np.testing.assert_allclose(after.memory["percentile"], percentile, rtol=1e-12)
+        np.testing.assert_allclose(after.carried["percentile"], percentile, rtol=1e-12)
         np.testing.assert_allclose(metrics["mean_weight"], weights.mean(), rtol=1e-12)
         np.testing.assert_allclose(metrics["train_loss"], np.mean(weights * losses), rtol=1e-12)
-        assert after.memory["steps"] == count + 1
+        assert after.carried["steps"] == count + 1
     pull = jax.jit(method.pull)(at(state, 900, 1.5), batch, validation)
     plain = jax.jit(method.pull)(at(state, 0, 1.5), batch, validation)
     np.testing.assert_allclose(pull, soft * plain, rtol=1e-10)
@@ -141,7 +141,7 @@ def test_network_learns_from_the_virtual_step(x64):
     batch, validation = jax.tree.map(lambda x: x[0, 0], b.train), jax.tree.map(lambda x: x[0], b.validation)
     losses, gradients, _ = by_hand(state.student, batch, validation)
     difference = losses - (0.5 * 0.8 + 0.5 * np.sort(losses)[3])
-    key = jax.random.fold_in(jax.random.wrap_key_data(state.memory["key"]), count)
+    key = jax.random.fold_in(jax.random.wrap_key_data(state.carried["key"]), count)
     keep = np.asarray(kept_examples(key, jnp.int32(30), 6, dropout))
 
     @jax.jit
@@ -193,8 +193,8 @@ def test_several_rounds_are_rounds_of_their_own():
     """Each step of a scan draws, counts and remembers as if it came alone."""
     method, b = BUILD(toy.student, toy.task, SGD), rounds_of(2)
     start = jax.jit(method.init)(jax.random.key(0), jnp.zeros((2, 5)))
-    after, metrics = jax.jit(several(method, 2).round)(start, b)
-    assert all(jax.tree.leaves(metrics["finite"])) and after.memory["steps"] == 2
+    after, metrics = jax.jit(merge_rounds(method, 2).round)(start, b)
+    assert all(jax.tree.leaves(metrics["finite"])) and after.carried["steps"] == 2
     one, run = start, jax.jit(method.round)
     for r in range(2):
         train, validation = jax.tree.map(lambda x, r=r: x[r : r + 1], (b.train, b.validation))
@@ -234,5 +234,5 @@ def test_one_step_a_round():
     state = jax.eval_shape(method.init, jax.random.key(0), jnp.zeros((2, 5)))
     b = rounds_of()
     two = Batch(*(jax.tree.map(lambda x: jnp.concatenate([x, x], 1), x) for x in b.train[:2]))
-    with pytest.raises(ValueError, match="one student step a round, not 2: use several"):
+    with pytest.raises(ValueError, match="one student step a round, not 2: use merge_rounds"):
         jax.eval_shape(method.round, state, b._replace(train=two))

@@ -66,7 +66,7 @@ def watched(teacher):
         change, lstm_memory = teacher.update(tau["lstm"], memory["lstm"], hypergradient, phi)
         return optax.tree.add(change, tau["zeros"]), {"lstm": lstm_memory, "first": hypergradient}
 
-    return Teacher(teacher.init, lambda phi: {"lstm": teacher.memory(phi), "first": phi}, update)
+    return Teacher(teacher.init, lambda phi: {"lstm": teacher.hidden(phi), "first": phi}, update)
 
 
 # Adam for the LSTM; and before it a transformation that keeps the gradient it sees, so that a test can read it.
@@ -82,7 +82,7 @@ def start(teacher):
     phi = dln_weights()
     tau = {"lstm": lstm_weights(), "zeros": jax.tree.map(np.zeros_like, phi)}
     params, phi, tau = jax.tree.map(jnp.array, (params, phi, tau))
-    return MethodState(init_state({"params": params}, SGD), phi, tau, teacher.memory(phi), ADAM.init(tau))
+    return MethodState(init_state({"params": params}, SGD), phi, tau, teacher.hidden(phi), ADAM.init(tau))
 
 
 def data(round, stages=1):
@@ -108,10 +108,10 @@ def rounds_of(*, update_sign=-1, second_stage="restart", memory="save", rounds=R
                 ("validation_error", SECOND): metrics["validation_error"],
                 "train_loss": metrics["train_loss"],
                 **student_of(state.student, SECOND),
-                **summary("hypergradient_one", state.memory["first"]),
+                **summary("hypergradient_one", state.carried["first"]),
                 **summary("hypergradient_two", gradient["zeros"]),
                 **summary("loss_parameters", state.loss),
-                **summary("teacher_output", unravel(state.memory["lstm"][-1].hidden[:, 0])),
+                **summary("teacher_output", unravel(state.carried["lstm"][-1].hidden[:, 0])),
                 **summary("teacher_gradient", gradient["lstm"], every=97),
                 **summary("teacher_parameters", state.teacher["lstm"], every=97),
             }

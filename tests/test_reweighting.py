@@ -12,7 +12,7 @@ import toy
 from jax.flatten_util import ravel_pytree
 
 from l2t_jax.losses.weight_net import weight_net
-from l2t_jax.methods.common import several
+from l2t_jax.methods.common import merge_rounds
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.students import from_linen
@@ -109,7 +109,7 @@ def test_meta_weight_net_round_by_hand(x64):
         weights = loss.apply(phi, logits, batch.targets) / losses  # V(l), a number to the student
         return flat - ETA * jnp.mean(weights[:, None] * gradients, axis=0)
 
-    decayed = jax.tree.map(lambda m: m / 0.1, optax.tree.get(after.memory, "mu"))  # Adam's first moment, b1 = 0.9
+    decayed = jax.tree.map(lambda m: m / 0.1, optax.tree.get(after.carried, "mu"))  # Adam's first moment, b1 = 0.9
     d = jax.tree.map(lambda g, p: g - DECAY * p, decayed, state.loss)
     direction = toy.to_x64(optax.tree.random_like(jax.random.key(3), state.loss))
     virtual = lambda h: error(step(optax.tree.add_scale(state.loss, h, direction)))  # noqa: E731
@@ -148,7 +148,7 @@ def test_several_rounds_for_several_seeds():
     init = jax.jit(method.init)
     each = [init(key, jnp.zeros((2, 5))) for key in jax.random.split(jax.random.key(1))]
     states = jax.tree.map(lambda *x: jnp.stack(x), *each)
-    after, metrics = jax.jit(jax.vmap(several(method, 2).round, (0, None)))(states, b)
+    after, metrics = jax.jit(jax.vmap(merge_rounds(method, 2).round, (0, None)))(states, b)
     chex.assert_trees_all_equal_shapes_and_dtypes(after, states)
     assert all(np.all(flag) for flag in jax.tree.leaves(metrics["finite"]))
     one, run = each[1], jax.jit(method.round)
@@ -173,5 +173,5 @@ def test_l2rw_takes_one_step_a_round():
     method = METHODS["l2rw"](toy.student, toy.task, SGD)
     state = method.init(jax.random.key(0), jnp.zeros((2, 5)))
     two = jax.tree.map(lambda x: jnp.concatenate([x, x], 1), rounds_of().train)
-    with pytest.raises(ValueError, match="one student step a round, not 2: use several"):
+    with pytest.raises(ValueError, match="one student step a round, not 2: use merge_rounds"):
         method.round(state, rounds_of()._replace(train=two))

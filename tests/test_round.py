@@ -104,7 +104,7 @@ def test_nothing_is_computed_twice(second_stage):
         update, pull, memory = jax.vjp(lambda tau: teacher.update(tau, memory, d, phi), tau, has_aux=True)
         return update, memory, pull(d)
 
-    taught = count(teach, state.teacher, state.memory, phi)
+    taught = count(teach, state.teacher, state.carried, phi)
     assert one["dot"] > 0 and taught["dot"] > 0
     assert rounds["dot"] <= 2 * one["dot"] + taught["dot"]
     assert rounds["while"] == 2 * one["while"] + taught["while"] + 1

@@ -12,7 +12,7 @@ import toy
 
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES, fixed
-from l2t_jax.methods.common import several
+from l2t_jax.methods.common import merge_rounds
 from l2t_jax.methods.slf import (
     POOL,
     draw,
@@ -138,10 +138,10 @@ def test_round_is_adam_on_the_straight_through_hypergradient(second_round, x64):
     """Finite differences of e_val in the weights, the hand-written derivative of the weights, Adam, and a new start."""
     at, s = second_round, second_round.state
     count, v = 1, s.loss["logits"]
-    key = jax.random.fold_in(jax.random.wrap_key_data(s.memory["key"]), count)
+    key = jax.random.fold_in(jax.random.wrap_key_data(s.carried["key"]), count)
     noise, temperature = draw(key, v), 0.1 ** (1 / 40)
     z = np.asarray(select(v, noise, jnp.array(temperature))).round()
-    scale = s.memory["scale"]
+    scale = s.carried["scale"]
     weights, slope = weights_by_hand(z, soft_by_hand(v, noise, temperature)[1], scale)
     error, h = lambda w: float(at.error(jnp.asarray(w), s)[1]), 1e-5
     by_w = np.array([(error(weights + h * e) - error(weights - h * e)) / (2 * h) for e in np.eye(3)])
@@ -187,16 +187,16 @@ def test_scales_are_measured_once_on_the_first_batch(second_round, x64):
         inner = inner_objective(toy.student, toy.task, LOSSES[name]())
         slope = jax.jit(jax.grad(lambda p: inner(p, at.start.student.batch_stats, {}, train)[0]))  # noqa: B023
         gradient = slope(at.start.student.params)
-        np.testing.assert_allclose(at.state.memory["scale"][k] * optax.tree.norm(gradient), 1, rtol=1e-9)
-    chex.assert_trees_all_equal(at.after.memory["scale"], at.state.memory["scale"])
-    assert np.ptp(at.state.memory["scale"]) > 0.1
+        np.testing.assert_allclose(at.state.carried["scale"][k] * optax.tree.norm(gradient), 1, rtol=1e-9)
+    chex.assert_trees_all_equal(at.after.carried["scale"], at.state.carried["scale"])
+    assert np.ptp(at.state.carried["scale"]) > 0.1
     assert {x.dtype for x in jax.tree.leaves(at.after) if x.dtype.kind == "f"} == {np.dtype("float64")}
 
 
 def test_a_harmful_loss_becomes_improbable():
     """Negated cross entropy in the pool, several rounds as one: it is switched off more and more, the other is not."""
     method, state = build(HARMFUL, lr=0.1)
-    run = jax.jit(several(method, 20).round)
+    run = jax.jit(merge_rounds(method, 20).round)
     inputs = toy.batch(0, 20, 1, 12).inputs
     learnable = Batch(inputs, jnp.argmax(inputs[..., :3], -1))
     batches = RoundBatches(learnable, jax.tree.map(lambda x: x[:, 0], learnable), jnp.array(False))
@@ -227,12 +227,12 @@ def test_schedules_and_losses_on_the_last_layer_are_honoured():
         learned="no",
     )
     method, state = build((late, on_head), steps=4)
-    at = lambda n: state._replace(memory=state.memory | {"steps": jnp.int32(n)})  # noqa: E731
+    at = lambda n: state._replace(carried=state.carried | {"steps": jnp.int32(n)})  # noqa: E731
     batch, run = toy.batch(3, 6), jax.jit(method.round)
     pull = jax.jit(method.pull)
     pulls = [pull(at(n), batch, batch) for n in (1, 2)]
     np.testing.assert_allclose(pulls[1] / pulls[0], 1.5, rtol=1e-5)  # probabilities and scales are equal here
-    scale = run(state, batches_of(0))[0].memory["scale"]
+    scale = run(state, batches_of(0))[0].carried["scale"]
     np.testing.assert_allclose(scale[0], scale[1], rtol=1e-5)  # at first they are one function
     only_late = {**state.loss, "logits": jnp.array([[-50.0, 50.0], [50.0, -50.0]])}
     losses = [run(at(n)._replace(loss=only_late), batches_of(0))[1]["train_loss"] for n in (1, 2)]
@@ -254,7 +254,7 @@ def test_split_over_an_axis_and_seeds_side_by_side(x64):
         chex.assert_trees_all_close(part(parts, 0), part(results, 0), rtol=1e-10, atol=1e-11)
         (state, _), (states, _) = part(parts, 0), results
     assert results[1]["hypergradient_norm"][0] > 1e-4
-    scale = states.memory["scale"]
+    scale = states.carried["scale"]
     assert np.all(scale != 1) and np.any(scale[0] != scale[1])
 
 

@@ -29,7 +29,7 @@ def anchor_cells():
 @pytest.mark.versions
 def test_lstm_anchor(x64):
     teacher = coordinate_lstm(1.0)
-    memory = teacher.memory(jnp.zeros(4))
+    hidden = teacher.hidden(jnp.zeros(4))
     expected = [
         (-0.00667903, -0.00668151, -0.00668046, -0.00668049),
         (-0.01005439, -0.01006146, -0.01005849, -0.01005859),
@@ -37,7 +37,7 @@ def test_lstm_anchor(x64):
     ]
     for step, row in enumerate(expected):
         gradient = jnp.array([1e-2, -1e-3, 1e-6, 0.0]) * (step + 1)
-        output, memory = teacher.update(anchor_cells(), memory, gradient, jnp.zeros(4))
+        output, hidden = teacher.update(anchor_cells(), hidden, gradient, jnp.zeros(4))
         np.testing.assert_allclose(output, row, atol=6e-9)
 
 
@@ -62,7 +62,7 @@ def test_update_scale_sign_and_structure():
     updates = {}
     for sign in (1, -1):
         teacher = coordinate_lstm(1e-2, update_sign=sign)
-        updates[sign], _ = teacher.update(params, teacher.memory(PHI), gradient, PHI)
+        updates[sign], _ = teacher.update(params, teacher.hidden(PHI), gradient, PHI)
         chex.assert_trees_all_equal_shapes(updates[sign], PHI)
         assert all(jnp.abs(leaf).max() < 1e-2 for leaf in jax.tree.leaves(updates[sign]))
     chex.assert_trees_all_close(updates[1], jax.tree.map(jnp.negative, updates[-1]))
@@ -70,41 +70,41 @@ def test_update_scale_sign_and_structure():
 
 def test_coordinates_share_weights_and_not_states():
     teacher = coordinate_lstm()
-    params, memory = teacher.init(jax.random.key(0)), teacher.memory(jnp.zeros(5))
+    params, hidden = teacher.init(jax.random.key(0)), teacher.hidden(jnp.zeros(5))
     gradient = 1e-3 * jnp.arange(5.0)
     order = jnp.array([3, 1, 4, 0, 2])
     permute = lambda tree: jax.tree.map(lambda x: x[order], tree)  # noqa: E731
-    _, memory = teacher.update(params, memory, gradient, jnp.zeros(5))
-    straight, _ = teacher.update(params, memory, gradient**2, jnp.zeros(5))
-    permuted, _ = teacher.update(params, permute(memory), gradient[order] ** 2, jnp.zeros(5))
+    _, hidden = teacher.update(params, hidden, gradient, jnp.zeros(5))
+    straight, _ = teacher.update(params, hidden, gradient**2, jnp.zeros(5))
+    permuted, _ = teacher.update(params, permute(hidden), gradient[order] ** 2, jnp.zeros(5))
     chex.assert_trees_all_close(permuted, straight[order], rtol=1e-5)
-    fresh, _ = teacher.update(params, teacher.memory(jnp.zeros(5)), gradient**2, jnp.zeros(5))
-    assert jnp.abs(fresh - straight).max() > 1e-6  # the memory matters
+    fresh, _ = teacher.update(params, teacher.hidden(jnp.zeros(5)), gradient**2, jnp.zeros(5))
+    assert jnp.abs(fresh - straight).max() > 1e-6  # the hidden state matters
 
 
 def test_odd_teacher_has_no_offset():
     teacher = coordinate_lstm(odd=True)
-    params, memory = teacher.init(jax.random.key(0)), teacher.memory(jnp.zeros(4))
+    params, hidden = teacher.init(jax.random.key(0)), teacher.hidden(jnp.zeros(4))
     gradient = jnp.array([1e-2, -1e-3, 1e-6, 0.0])
-    up, up_memory = teacher.update(params, memory, gradient, jnp.zeros(4))
-    down, down_memory = teacher.update(params, memory, -gradient, jnp.zeros(4))
+    up, up_hidden = teacher.update(params, hidden, gradient, jnp.zeros(4))
+    down, down_hidden = teacher.update(params, hidden, -gradient, jnp.zeros(4))
     chex.assert_trees_all_close(up, -down, atol=1e-9)
     assert up[3] == 0 and jnp.all(up[:3] != 0)
-    second, _ = teacher.update(params, up_memory, gradient, jnp.zeros(4))
-    mirrored, _ = teacher.update(params, down_memory, -gradient, jnp.zeros(4))
+    second, _ = teacher.update(params, up_hidden, gradient, jnp.zeros(4))
+    mirrored, _ = teacher.update(params, down_hidden, -gradient, jnp.zeros(4))
     chex.assert_trees_all_close(second, -mirrored, atol=1e-9)
 
 
 @pytest.mark.parametrize("odd", [False, True])
 def test_a_window_clears_the_memory(odd):
-    """In the first round of every window the update is that of a fresh memory; within one, that of no window."""
+    """In the first round of every window the update is that of a fresh hidden state; within one, that of no window."""
     teacher, endless = (coordinate_lstm(odd=odd, window=window) for window in (2, 0))
     params = teacher.init(jax.random.key(0))
-    memory, kept = teacher.memory(PHI), endless.memory(PHI)
+    hidden, kept = teacher.hidden(PHI), endless.hidden(PHI)
     step, plain = jax.jit(teacher.update), jax.jit(endless.update)
     for age, gradient in enumerate(gradients(5)):
-        kept = endless.memory(PHI) if age % 2 == 0 else kept
-        found, memory = step(params, memory, gradient, PHI)
+        kept = endless.hidden(PHI) if age % 2 == 0 else kept
+        found, hidden = step(params, hidden, gradient, PHI)
         expected, kept = plain(params, kept, gradient, PHI)
         chex.assert_trees_all_close(found, expected, rtol=1e-5, atol=1e-9)
     with pytest.raises(ValueError, match="at least 1, or 0"):
@@ -114,13 +114,13 @@ def test_a_window_clears_the_memory(odd):
 @pytest.mark.versions
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
 def test_optax_teacher_is_the_optimizer(name):
-    """It descends: the update is what the optimizer itself gives, with its state as the memory."""
+    """It descends: the update is what the optimizer itself gives, with its state as the hidden state."""
     optimizer = {"adam": optax.adam, "sgd": optax.sgd, "rmsprop": optax.rmsprop}[name](1e-2)
-    teacher, memory, state, phi = TEACHERS[name](1e-2), from_optax(optimizer).memory(PHI), optimizer.init(PHI), PHI
+    teacher, hidden, state, phi = TEACHERS[name](1e-2), from_optax(optimizer).hidden(PHI), optimizer.init(PHI), PHI
     assert jax.tree.leaves(teacher.init(jax.random.key(0))) == []
     for _ in range(3):
         gradient = jax.tree.map(lambda p: p + 1, phi)
-        update, memory = teacher.update({}, memory, gradient, phi)
+        update, hidden = teacher.update({}, hidden, gradient, phi)
         expected, state = optimizer.update(gradient, state, phi)
         chex.assert_trees_all_close(update, expected)
         assert all(jnp.all(leaf < 0) for leaf in jax.tree.leaves(update))
@@ -138,30 +138,30 @@ def gradients(rounds):
 def test_a_silent_lstm_begins_with_zero_and_learns(odd):
     """Whatever the hypergradient, for several rounds; and what it puts out has a derivative with respect to it."""
     teacher = coordinate_lstm(silent=True, odd=odd)
-    params, memory = teacher.init(jax.random.key(0)), teacher.memory(PHI)
+    params, hidden = teacher.init(jax.random.key(0)), teacher.hidden(PHI)
     for gradient in gradients(3):
-        update, after = teacher.update(params, memory, gradient, PHI)
+        update, after = teacher.update(params, hidden, gradient, PHI)
         assert all(not jnp.any(leaf) for leaf in jax.tree.leaves(update))
-        total = lambda tau, g=gradient, m=memory: optax.tree.sum(teacher.update(tau, m, g, PHI)[0])  # noqa: E731
+        total = lambda tau, g=gradient, m=hidden: optax.tree.sum(teacher.update(tau, m, g, PHI)[0])  # noqa: E731
         slope = jax.grad(total)(params)
         assert jnp.abs(slope[-1].input_kernel).max() > 0
-        memory = after
+        hidden = after
     loud = coordinate_lstm(odd=odd).init(jax.random.key(0))
     same = jax.tree.map(lambda a, b: bool(jnp.array_equal(a, b)), params, loud)
     assert all(jax.tree.leaves(same[:-1])) and not any(same[-1])  # all layers but the last are drawn as ever
 
 
 def test_a_sum_of_teachers():
-    """With a silent LSTM it is the optimizer; with a loud one both updates are added, each with a memory of its own."""
+    """With a silent LSTM it is the optimizer; with a loud one both updates are added, each hidden state its own."""
     adam = from_optax(optax.adam(1e-2))
     for silent in (True, False):
         lstm = coordinate_lstm(1e-3, silent=silent)
         both = sum_of(adam, lstm)
         tau = both.init(jax.random.key(0))
         assert tau[0] == {}
-        memory, alone, corrections = both.memory(PHI), adam.memory(PHI), lstm.memory(PHI)
+        hidden, alone, corrections = both.hidden(PHI), adam.hidden(PHI), lstm.hidden(PHI)
         for gradient in gradients(3):
-            found, memory = both.update(tau, memory, gradient, PHI)
+            found, hidden = both.update(tau, hidden, gradient, PHI)
             expected, alone = adam.update({}, alone, gradient, PHI)
             correction, corrections = lstm.update(tau[1], corrections, gradient, PHI)
             chex.assert_trees_all_close(found, jax.tree.map(jnp.add, expected, correction), rtol=1e-6)
@@ -176,11 +176,11 @@ def test_every_shipped_teacher_descends(name):
     assert set(card) >= {"teacher", "dln", "student", "trained_on", "seed", "scores", "command", "commit", "sha256"}
     assert card["trained_on"]["held_out"] > 0 and card["commit"]
     params, phi = teacher.init(jax.random.key(0)), build_loss("dln", 7, **card["dln"]).init(jax.random.key(1))
-    memory, moved = teacher.memory(phi), phi
+    hidden, moved = teacher.hidden(phi), phi
     gradient = jax.tree.map(lambda p: 1e-3 * jax.random.normal(jax.random.key(2), p.shape), phi)
     step = jax.jit(teacher.update)
     for _ in range(5):
-        update, memory = step(params, memory, gradient, moved)
+        update, hidden = step(params, hidden, gradient, moved)
         moved = jax.tree.map(jnp.add, moved, update)
     change = jax.tree.map(lambda a, b, g: jnp.sum((a - b) * g), moved, phi, gradient)
     assert sum(jax.tree.leaves(change)) < 0
@@ -205,9 +205,9 @@ def test_a_hypergradient_that_is_exactly_zero(name, x64, small_lstm):
     way, weights = jax.tree.map(draw, params), jax.tree.map(draw, phi)
 
     def total(params, gradients):
-        memory, result = teacher.memory(phi), 0.0
+        hidden, result = teacher.hidden(phi), 0.0
         for gradient in gradients:
-            update, memory = teacher.update(params, memory, gradient, phi)
+            update, hidden = teacher.update(params, hidden, gradient, phi)
             result += sum(jax.tree.leaves(jax.tree.map(jnp.vdot, update, weights)))
         return result
 

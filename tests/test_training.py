@@ -54,13 +54,13 @@ def sabotaged(at, leaf):
     """An Adam teacher whose update of one leaf is NaN at one update."""
     adam = TEACHERS["adam"](0.01)
 
-    def update(params, memory, hypergradient, loss_params):
+    def update(params, memory, hypergradient, phi):
         count, inside = memory
-        step, inside = adam.update(params, inside, hypergradient, loss_params)
+        step, inside = adam.update(params, inside, hypergradient, phi)
         bad = jnp.where(count == at, jnp.nan, 0.0)
         return step | {leaf: step[leaf] + bad}, (count + 1, inside)
 
-    return Teacher(adam.init, lambda phi: (jnp.array(0), adam.memory(phi)), update)
+    return Teacher(adam.init, lambda phi: (jnp.array(0), adam.hidden(phi)), update)
 
 
 class Runner:

@@ -169,6 +169,19 @@ def test_a_round_and_the_pull_of_its_examples(x64):
     assert pull.shape == (4,) and pull[0] == min(pull)
 
 
+def test_weights_that_are_not_of_each_row(x64):
+    """[R, 1] beside [R] would be broadcast to [R, R] without a word."""
+    loss, phi, state, train, validation = problem()
+    wide = SEGMENTATION._replace(
+        views=(("rows", lambda *x: (read := pixels(*x))._replace(weight=read.weight[:, None])),)
+    )
+    with pytest.raises(ValueError, match=r"the weights of rows are \[96, 1\]: expected \[96\], one for each row"):
+        inner_objective(STUDENT, wide, loss)(state.params, {}, phi, jax.tree.map(lambda x: x[0], train))
+    bad = SEGMENTATION._replace(error=lambda *x: (found := pixel_errors(*x))._replace(weight=found.weight[:-1]))
+    with pytest.raises(ValueError, match=r"the weights of rows are \[143\]: expected \[144\]"):
+        outer_objective(STUDENT, bad)(state.params, {}, validation)
+
+
 def test_a_view_that_a_task_does_not_offer():
     loss = LOSSES["large_margin_softmax"]()
     with pytest.raises(ValueError, match="this loss reads 'head', and the task offers rows: take another"):

@@ -41,12 +41,12 @@ def small_loss():
     return Loss(lambda key: {"scale": jnp.array(0.5), "bend": jnp.array(0.1)}, apply)
 
 
-def _teach(tau, memory, hypergradient, loss_params):
-    memory = jax.tree.map(lambda h, d: 0.5 * h + d, memory, hypergradient)
-    return jax.tree.map(lambda h: -jnp.exp(tau["log_rate"]) * h, memory), memory
+def _teach(tau, hidden, hypergradient, phi):
+    hidden = jax.tree.map(lambda h, d: 0.5 * h + d, hidden, hypergradient)
+    return jax.tree.map(lambda h: -jnp.exp(tau["log_rate"]) * h, hidden), hidden
 
 
-# A learned rate and a memory: all that an LSTM has, and compiled sooner than one.
+# A learned rate and a hidden state: all that an LSTM has, and compiled sooner than one.
 teacher = Teacher(lambda key: {"log_rate": jnp.array(-2.0)}, lambda phi: jax.tree.map(jnp.zeros_like, phi), _teach)
 
 

@@ -10,7 +10,7 @@ import optax
 
 from l2t_jax.losses import LOSSES, build_loss, fixed_losses
 from l2t_jax.methods.ala import ala
-from l2t_jax.methods.common import on_validation, reborn, several
+from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dlf import l2t_dlf
@@ -35,12 +35,12 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         parts.optimizer,
         build_teacher_optimizer(settings, parts.plan.rounds),
         second_stage=settings.second_stage,
-        reset_memory=settings.reset_memory,
+        reset_hidden=settings.reset_hidden,
         accept=settings.accept,
         learn=learn,
         **parts.shared,
     )
-    return reborn(method, parts.plan.rounds) if settings.lives > 1 and learn else method
+    return over_lives(method, parts.plan.rounds) if settings.lives > 1 and learn else method
 
 
 def _taught_by(
@@ -60,14 +60,14 @@ def _taught_by(
             learn=False,
             **parts.shared,
         )
-        return several(method, parts.steps_per_round) if single_steps else method
+        return merge_rounds(method, parts.steps_per_round) if single_steps else method
 
     return build
 
 
 def _single_steps(build: Callable[[Parts], Method]) -> Callable[[Parts, bool], Method]:
     """A method that looks one student step ahead: as many of its rounds in one as a round has student steps."""
-    return lambda parts, learn: several(build(parts), parts.steps_per_round)
+    return lambda parts, learn: merge_rounds(build(parts), parts.steps_per_round)
 
 
 def _fixed(name: str) -> Callable[[Parts, bool], Method]:

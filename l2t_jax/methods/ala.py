@@ -111,7 +111,7 @@ def ala(
 
         first, policy = child(k_student), pair_policy.init_policy(k_policy, history)
         others = [child(jax.random.fold_in(k_student, c)) for c in range(1, children)]
-        memory = {
+        carried = {
             "history": first.history,
             "metric": first.metric,
             "others": jax.tree.map(lambda *x: jnp.stack(x), *others) if others else (),
@@ -120,7 +120,7 @@ def ala(
             "rounds": jnp.int32(0),
             "key": jax.random.key_data(k_draws),
         }
-        return MethodState(first.student, first.loss, policy, memory, optimizer.init(policy))
+        return MethodState(first.student, first.loss, policy, carried, optimizer.init(policy))
 
     def episode(policy: PyTree, rounds: Array, batches: RoundBatches, child: Child, key: Key) -> Any:
         k_actions, k_pairs = jax.random.split(key)
@@ -138,29 +138,29 @@ def ala(
         return child, pair_policy.Experience(features[i, j], actions[i, j], reward), (train_loss, seen)
 
     def episodes(state: MethodState, batches: RoundBatches, key: Key) -> Any:  # leaves [children, ...]
-        memory = state.memory
-        first = Child(state.student, state.loss, memory["history"], memory["metric"])
-        play = partial(episode, state.teacher, memory["rounds"], batches)
+        carried = state.carried
+        first = Child(state.student, state.loss, carried["history"], carried["metric"])
+        play = partial(episode, state.teacher, carried["rounds"], batches)
         keys = [jax.random.fold_in(key, c) for c in range(children)]
         if children == 1:  # no vmap over one: convolutions with a kernel for each child are slower ones
             return jax.tree.map(lambda x: x[None], play(first, keys[0]))
-        every = jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, memory["others"])
+        every = jax.tree.map(lambda x, rest: jnp.concatenate([x[None], rest]), first, carried["others"])
         return jax.vmap(play)(every, jnp.stack(keys))
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        memory, rounds = state.memory, state.memory["rounds"]
-        k_children, k_sample = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(memory["key"]), rounds))
+        carried, rounds = state.carried, state.carried["rounds"]
+        k_children, k_sample = jax.random.split(jax.random.fold_in(jax.random.wrap_key_data(carried["key"]), rounds))
         every, experience, reports = episodes(state, batches, k_children)
         child, report = jax.tree.map(lambda x: x[0], (every, reports))
         others = jax.tree.map(lambda x: x[1:], every) if children > 1 else ()
-        policy, adam, filled, gradient = state.teacher, state.optimizer_state, memory["replay"], ()
+        policy, adam, filled, gradient = state.teacher, state.optimizer_state, carried["replay"], ()
         if learn:
             filled = pair_policy.store(filled, experience, rounds > 0)
             drawn = pair_policy.sample(k_sample, filled, minibatch)
-            *learned, gradient = pair_policy.reinforce(optimizer, policy, adam, drawn, memory["baseline"])
+            *learned, gradient = pair_policy.reinforce(optimizer, policy, adam, drawn, carried["baseline"])
             policy, adam = jax.tree.map(partial(jnp.where, rounds > 0), tuple(learned), (policy, adam))
-        reward, baseline = jnp.mean(experience.reward), memory["baseline"]
-        memory = memory | {
+        reward, baseline = jnp.mean(experience.reward), carried["baseline"]
+        carried = carried | {
             "history": child.history,
             "metric": child.metric,
             "others": others,
@@ -168,7 +168,7 @@ def ala(
             "baseline": jnp.where(rounds > 0, FORGET * baseline + (1 - FORGET) * reward, baseline),
             "rounds": rounds + 1,
         }
-        after = MethodState(child.student, child.loss, policy, memory, adam)
+        after = MethodState(child.student, child.loss, policy, carried, adam)
         told = {"reward": reward, "policy_entropy": pair_policy.entropy(state.teacher, experience.features)}
         return after, told | _metrics(state, after, report, gradient)
 
@@ -230,13 +230,13 @@ def _check(**sizes: tuple[int, int]) -> None:
 
 def _metrics(before: MethodState, after: MethodState, report: tuple[Array, Seen], gradient: PyTree) -> dict[str, Any]:
     train_loss, seen = report
-    phi, others = after.loss["phi"], after.memory["others"]
+    phi, others = after.loss["phi"], after.carried["others"]
     return {
         "train_loss": train_loss,
         "validation_error": seen.error,
         **{f"validation_{name}": value for name, value in seen.metrics.items()},
         "window_metric": seen.metric,
-        "reward_baseline": after.memory["baseline"],
+        "reward_baseline": after.carried["baseline"],
         "phi_distance": jnp.linalg.norm(phi - jnp.eye(len(phi), dtype=phi.dtype)),
         "phi_movement": jnp.linalg.norm(phi - before.loss["phi"]),
         "policy_gradient_norm": optax.tree.norm(gradient),

@@ -45,7 +45,7 @@ from l2t_jax.unroll import (
 )
 
 
-def stage(batches: RoundBatches, s: int, stages: int = 1) -> tuple[Batch, Batch]:
+def stage_data(batches: RoundBatches, s: int, stages: int = 1) -> tuple[Batch, Batch]:
     """The training batches (leaves [N, B, ...]) and the validation batch (leaves [V, ...]) of stage s.
 
     Raises:
@@ -144,23 +144,23 @@ def on_validation(method: Method) -> Method:
 
 
 class Life(NamedTuple):
-    """What `reborn` carries beside the teacher's memory."""
+    """What `over_lives` carries beside what the method does."""
 
-    memory: PyTree  # the method's own
+    carried: PyTree  # the method's own
     key: Array  # [...] uint32, data of a key
     rounds: Array  # [] int32, since the beginning
 
 
-def reborn(method: Method, rounds: int) -> Method:
+def over_lives(method: Method, rounds: int) -> Method:
     """Train the teacher of a method over many student lives: every so many rounds student and loss begin anew.
 
-    The teacher's parameters and its optimizer's state go on; its memory, which is of the loss, begins anew too.
+    The teacher's parameters and its optimizer's state go on; its hidden state, which is of the loss, begins anew too.
 
     Args:
       method: e.g. of `l2t_dln`.
       rounds: of a life.
     Returns:
-      a `Method` whose memory is a `Life`; the student it ends with is that of the last life.
+      a `Method` that carries a `Life`; the student it ends with is that of the last life.
     Raises:
       ValueError: a life has no round.
     Source: ours; the paper trains a teacher over one life.
@@ -170,11 +170,11 @@ def reborn(method: Method, rounds: int) -> Method:
 
     def init(key: Key, inputs: Array) -> MethodState:
         state = method.init(key, inputs)
-        return state._replace(memory=Life(state.memory, jax.random.key_data(key), jnp.int32(0)))
+        return state._replace(carried=Life(state.carried, jax.random.key_data(key), jnp.int32(0)))
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        life = state.memory
-        going_on = state._replace(memory=life.memory)
+        life = state.carried
+        going_on = state._replace(carried=life.carried)
 
         def begin_anew() -> MethodState:
             key = jax.random.fold_in(jax.random.wrap_key_data(life.key), life.rounds)
@@ -183,12 +183,12 @@ def reborn(method: Method, rounds: int) -> Method:
 
         over = (life.rounds > 0) & (life.rounds % rounds == 0)
         state, metrics = method.round(lax.cond(over, begin_anew, lambda: going_on), batches)
-        return state._replace(memory=Life(state.memory, life.key, life.rounds + 1)), metrics
+        return state._replace(carried=Life(state.carried, life.key, life.rounds + 1)), metrics
 
     return method._replace(init=init, round=round)
 
 
-def several(method: Method, rounds: int) -> Method:
+def merge_rounds(method: Method, rounds: int) -> Method:
     """Take K rounds of a method as one, each with its own data: for methods that look ahead one step at a time.
 
     Its metrics are means over the K rounds; what is finite is so in all of them.
@@ -197,7 +197,7 @@ def several(method: Method, rounds: int) -> Method:
       ValueError: there are no rounds to take as one.
     """
     if not isinstance(rounds, int) or rounds < 1:
-        raise ValueError(f"several rounds={rounds!r} is not a positive integer: give at least 1.")
+        raise ValueError(f"merge_rounds rounds={rounds!r} is not a positive integer: give at least 1.")
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
         apart = lambda x: x.reshape(rounds, method.stages, *x.shape[1:])  # noqa: E731

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from l2t_jax.methods.common import finite, pull_of, stage
+from l2t_jax.methods.common import finite, pull_of, stage_data
 from l2t_jax.types import (
     Array,
     Batch,
@@ -90,12 +90,12 @@ def fixed_loss(
             return (both, count + 1), value
 
         start = state.student._replace(params=joined(state.student.params, state.loss))
-        (both, count), losses = lax.scan(take, (start, state.memory["steps"]), train)
+        (both, count), losses = lax.scan(take, (start, state.carried["steps"]), train)
         params, phi = apart(both.params, state.loss)
         theta = both._replace(params=params)
-        error, metrics = outer(theta.params, theta.batch_stats, stage(batches, -1, stages)[1])
+        error, metrics = outer(theta.params, theta.batch_stats, stage_data(batches, -1, stages)[1])
         error, losses, metrics = mean_over(axis_name, (error, losses, metrics))
-        return state._replace(student=theta, loss=phi, memory={"steps": count}), {
+        return state._replace(student=theta, loss=phi, carried={"steps": count}), {
             "train_loss": jnp.mean(losses),
             "validation_error": error,
             **{f"validation_{name}": value for name, value in metrics.items()},
@@ -103,6 +103,6 @@ def fixed_loss(
         }
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        return pull_of(student, task, loss, state.student.variables, at(state.loss, state.memory["steps"]), batch)
+        return pull_of(student, task, loss, state.student.variables, at(state.loss, state.carried["steps"]), batch)
 
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)

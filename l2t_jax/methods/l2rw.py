@@ -3,16 +3,17 @@
 Legend: B batch, V validation batch, D devices that share a batch; theta student, l_i cross entropy of example i.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
-from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
-from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
+from l2t_jax.methods.common import finite, pull_of_errors, stage_data, train_stage
+from l2t_jax.types import Array, Batch, How, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
 from l2t_jax.unroll import InnerLoss, each_example, errors_of, examples_of, init_state, keys_for, outer_objective
 
 VIRTUAL = optax.sgd(1.0)  # its rate scales all weights alike, so it does not matter
@@ -23,10 +24,8 @@ def l2rw(
     task: Task,
     student_optimizer: optax.GradientTransformation,
     *,
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
     """Build L2RW: weights of one step only, that nothing remembers.
 
@@ -43,10 +42,10 @@ def l2rw(
     Args:
       student, task: the records that are composed; validation examples should be clean.
       student_optimizer: of the kept step, any optax transformation; where all weights are 0 its momentum still moves.
-      memory, axis_name, at_once, check_gradient: as in `hypergradient`.
+      axis_name, **how: as in `hypergradient` (memory, at_once, check_gradient).
     Returns:
-      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
-      one. It learns nothing: only the student is carried.
+      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `merge_rounds` makes K
+      of them one. It learns nothing: only the student is carried.
     Raises:
       ValueError: an unknown memory mode; a round is given more than one training batch.
     Source: Ren et al., ICML 2018, Algorithm 1, and the released code.
@@ -56,12 +55,11 @@ def l2rw(
         weighted_sum(student, task, axis_name),
         outer,
         VIRTUAL,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )
-    alone = hypergradient(weighted_sum(student, task), outer, VIRTUAL, memory=memory, at_once=at_once)
+    # For a record, whose batches have no keys: nothing is dropped out.
+    alone = hypergradient(weighted_sum(student._replace(draws=False), task), outer, VIRTUAL, **how)
     train = train_stage(weighted_sum(student, task, axis_name), outer, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:
@@ -70,10 +68,11 @@ def l2rw(
         return MethodState(theta, {}, {}, {}, {})
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        batch, validation = stage(batches, 0)
+        batch, validation = stage_data(batches, 0)
         if jax.tree.leaves(batch.inputs)[0].shape[0] != 1:
             raise ValueError(
-                f"L2RW takes one student step a round, not {jax.tree.leaves(batch.inputs)[0].shape[0]}: use several."
+                f"L2RW takes one student step a round, not {jax.tree.leaves(batch.inputs)[0].shape[0]}: use "
+                "merge_rounds."
             )
         examples = jax.tree.leaves(batch.inputs)[0].shape[1] * (1 if axis_name is None else lax.axis_size(axis_name))
         ahead = look_ahead(_no_weights(state.student, examples), _virtual(state.student), batch, validation)
@@ -111,6 +110,7 @@ def weighted_sum(student: Student, task: Task, axis_name: str | None = None) -> 
 
 def weights_of(gradient: Array) -> Array:
     """Weights [B] from the derivatives [B] of the validation error with respect to eps; they sum to 1 or are all 0."""
+    chex.assert_rank(gradient, 1)
     useful = jax.nn.relu(-gradient)
     total = jnp.sum(useful)
     return useful / jnp.where(total > 0, total, 1)

@@ -3,7 +3,7 @@
 Legend: S data stages of a round, N unroll length, B batch, V validation batch, C classes, T steps of a student's life.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.inputs import known
 from l2t_jax.losses.bilinear import bilinear
 from l2t_jax.losses.cross_entropy import cross_entropy
-from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.methods.common import finite, pull_of, stage_data, train_stage
 from l2t_jax.teachers.attention import (
     Attention,
     Running,
@@ -25,7 +25,7 @@ from l2t_jax.teachers.attention import (
     saw_validation,
     state_features,
 )
-from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
+from l2t_jax.types import Array, Batch, How, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
 from l2t_jax.unroll import init_state, keys_for, mean_over
 
 LIVES = ("windows", "whole")
@@ -63,10 +63,8 @@ def l2t_dlf(
     slots: int = 10,
     width: int = 16,
     learn: bool = True,
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
     """Build L2T-DLF.
 
@@ -84,10 +82,8 @@ def l2t_dlf(
       measure: M: "probability" is 1 - p_y, "smooth" the demo's 2 sigmoid(50 (max_j p_j - p_y)) - 1.
       slots, width: of the attention.
       learn: False freezes tau; nothing is differentiated.
-      memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
-      at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
-      check_gradient: as in `hypergradient`.
+      **how: memory, at_once, check_gradient, as in `hypergradient`.
     Returns:
       a `Method`. Its state is theta, the loss as the teacher would have it next ({"phi", "bias"}), tau, what it is told
       of the student (and for "whole" a key and a count of lives), and the state of tau's optimizer.
@@ -134,10 +130,8 @@ def l2t_dlf(
         inner,
         outer,
         student_optimizer,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )
     run = differentiate if learn else train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
@@ -151,20 +145,20 @@ def l2t_dlf(
 
     def begin(state: MethodState, train: Batch) -> tuple[StudentState, dict[str, PyTree]]:
         if life == "windows":
-            return state.student, state.memory
+            return state.student, state.carried
         if train.targets.shape[0] != steps:
             raise ValueError(f"a round has {train.targets.shape[0]} steps, a whole life {steps}: give N = T.")
-        lives = state.memory["lives"]
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.memory["key"]), lives)
+        lives = state.carried["lives"]
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.carried["key"]), lives)
         drawn = student.init(key, jnp.zeros(train.inputs.shape[1:], train.inputs.dtype))
         variables = jax.tree.map(
             lambda new, old: jnp.where(lives == 0, old, new.astype(old.dtype)), drawn, state.student.variables
         )
-        running = jax.tree.map(jnp.zeros_like, state.memory["running"])
-        return init_state(variables, student_optimizer), state.memory | {"running": running, "lives": lives + 1}
+        running = jax.tree.map(jnp.zeros_like, state.carried["running"])
+        return init_state(variables, student_optimizer), state.carried | {"running": running, "lives": lives + 1}
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        train, validation = stage(batches, 0)
+        train, validation = stage_data(batches, 0)
         theta, told = begin(state, train)
         auxiliary = {"batch_stats": theta.batch_stats, "running": told["running"]}
         found = run(state.teacher, theta._replace(batch_stats=auxiliary), train, validation)
@@ -182,7 +176,7 @@ def l2t_dlf(
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         outputs, _ = student.apply(state.student.variables, batch.inputs, True)
-        running = observe(state.memory["running"], outputs, batch.targets, None)  # a record's batches are never split
+        running = observe(state.carried["running"], outputs, batch.targets, None)  # a record's batches are never split
         phi = coefficients_at(state.teacher, running)
         return pull_of(student, task, loss, state.student.variables, phi, batch)
 
@@ -220,7 +214,7 @@ def _metrics(found: Hypergradient, state: MethodState, moved: Array) -> dict[str
         "validation_error": found.metrics["error"],
         **{f"validation_{name}": value for name, value in found.metrics["task"].items()},
         "dlf_measure": found.error,
-        "train_accuracy": state.memory["running"].train_accuracy,
+        "train_accuracy": state.carried["running"].train_accuracy,
         "hypergradient_norm": optax.tree.norm(found.gradient),
         "phi_distance": jnp.linalg.norm(state.loss["phi"] - jnp.eye(len(moved), dtype=moved.dtype)),
         "phi_movement": jnp.linalg.norm(moved),  # from the first state of the round to the last, under the new teacher

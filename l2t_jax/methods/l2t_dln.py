@@ -3,7 +3,7 @@
 Legend: S data stages of a round, N unroll length, B batch, V validation batch; theta student, phi DLN, tau teacher.
 """
 
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,12 @@ import optax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.inputs import known
-from l2t_jax.methods.common import finite, pull_of, stage, train_stage
+from l2t_jax.methods.common import finite, pull_of, stage_data, train_stage
 from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import (
     Array,
     Batch,
+    How,
     Key,
     Loss,
     Method,
@@ -43,13 +44,11 @@ def l2t_dln(
     teacher_optimizer: optax.GradientTransformation,
     *,
     second_stage: str = "continue",
-    reset_memory: str = "never",
+    reset_hidden: str = "never",
     accept: str = "always",
     learn: bool = True,
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
     """Build L2T-DLN.
 
@@ -68,19 +67,17 @@ def l2t_dln(
       second_stage: "continue" (paper): D goes on from theta_A with N new batches and a new validation batch, 2N
         steps a round are kept. "restart" (released code): D starts again from theta with the same batches and
         replaces A, N steps a round are kept.
-      reset_memory: "never" (released code; the paper is silent) carries h through all epochs, "epoch" clears it.
+      reset_hidden: "never" (released code; the paper is silent) carries h through all epochs, "epoch" clears it.
       accept: "always" (paper) takes every update of the DLN. "not_worse" takes phi' and the student it taught only
         where their validation error is not above that of phi and its student, which after a "restart" were trained
         and judged on the same batches; else it keeps those. The teacher learns from both. Not in the paper.
       learn: False freezes tau: the transfer protocol, in which E and F are left out.
-      memory: how the hypergradient trades memory for time.
       axis_name: mapped axis over which batches are split, if any.
-      at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
-      check_gradient: as in `hypergradient`.
+      **how: memory, at_once, check_gradient, as in `hypergradient`.
     Returns:
       a `Method`. Its state is theta (with BatchNorm and optimizer state), phi, tau, h, and Adam's state.
     Raises:
-      ValueError: an unknown `second_stage`, `reset_memory`, `accept` or `memory`; "not_worse" with "continue", whose
+      ValueError: an unknown `second_stage`, `reset_hidden`, `accept` or `memory`; "not_worse" with "continue", whose
         stages are not of the same batches; a loss that no teacher can rewrite: without parameters, with a schedule, or
         with parameters that are learned otherwise; an optimizer that is none; a round whose data have
         another number of stages.
@@ -89,7 +86,7 @@ def l2t_dln(
     """
     for name, value, names in (
         ("second_stage", second_stage, STAGES),
-        ("reset_memory", reset_memory, RESET),
+        ("reset_hidden", reset_hidden, RESET),
         ("accept", accept, ACCEPT),
     ):
         known(f"{name} {value!r}", value, names)
@@ -104,10 +101,8 @@ def l2t_dln(
         inner,
         outer,
         student_optimizer,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
@@ -115,30 +110,30 @@ def l2t_dln(
         k_student, k_loss, k_teacher = jax.random.split(key, 3)
         phi, tau = loss.init(k_loss), teacher.init(k_teacher)
         theta = init_state(student.init(k_student, inputs), student_optimizer)
-        return MethodState(theta, phi, tau, teacher.memory(phi), teacher_optimizer.init(tau))
+        return MethodState(theta, phi, tau, teacher.hidden(phi), teacher_optimizer.init(tau))
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        h = state.memory
-        if reset_memory == "epoch":
+        h = state.carried
+        if reset_hidden == "epoch":
             h = jax.tree.map(lambda x: jnp.where(batches.first_of_epoch, jnp.zeros_like(x), x), h)
 
-        first = differentiate(state.loss, state.student, *stage(batches, 0, stages))  # A, B
+        first = differentiate(state.loss, state.student, *stage_data(batches, 0, stages))  # A, B
 
         def teach(tau: PyTree) -> tuple[PyTree, PyTree]:
-            update, memory = teacher.update(tau, h, first.gradient, state.loss)
-            return optax.apply_updates(state.loss, update), memory
+            update, hidden = teacher.update(tau, h, first.gradient, state.loss)
+            return optax.apply_updates(state.loss, update), hidden
 
-        phi, pull, h = jax.vjp(teach, state.teacher, has_aux=True)  # C
+        phi, to_tau, h = jax.vjp(teach, state.teacher, has_aux=True)  # C
 
         theta = first.state if second_stage == "continue" else state.student
         tau, adam = state.teacher, state.optimizer_state
         if learn and jax.tree.leaves(tau):
-            second = differentiate(phi, theta, *stage(batches, -1, stages))  # D
-            (tau_gradient,) = pull(second.gradient)  # E
+            second = differentiate(phi, theta, *stage_data(batches, -1, stages))  # D
+            (tau_gradient,) = to_tau(second.gradient)  # E
             update, adam = update_with(teacher_optimizer, tau_gradient, adam, tau, "the teacher's optimizer")
             tau = optax.apply_updates(tau, update)  # F
         else:
-            second = only_train(phi, theta, *stage(batches, -1, stages))
+            second = only_train(phi, theta, *stage_data(batches, -1, stages))
             tau_gradient = {}  # nothing learns from stage D, so nothing is differentiated
         if accept == "not_worse":
             taken = second.error <= first.error

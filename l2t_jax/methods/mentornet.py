@@ -7,8 +7,9 @@ An epoch is a hundredth of the run, 0 to 99, as in the source, whatever the pass
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,8 +18,8 @@ from jax import lax
 
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.inputs import known, length_of
-from l2t_jax.methods.common import finite, pull_of_errors, stage, train_stage
-from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, Task
+from l2t_jax.methods.common import finite, pull_of_errors, stage_data, train_stage
+from l2t_jax.types import Array, Batch, How, Key, Method, MethodState, PyTree, RoundBatches, Student, Task
 from l2t_jax.unroll import (
     InnerLoss,
     OuterError,
@@ -80,10 +81,8 @@ def mentornet(
     burn_in: float = 0.19,
     dropout: Sequence[tuple[float, int]] = DROPOUT,
     lr: float = 1e-3,
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
     """Build MentorNet: a student step on (1/B) sum_i v_i l_i, over all B examples: v is not divided by its sum.
 
@@ -104,10 +103,11 @@ def mentornet(
       burn_in: share of the run in which v is 1: epochs 0 to 18, as in the rule (0 to 16 in released data-driven runs).
       dropout: (rate, for how many epochs), ..., 100 epochs in all; each step keeps floor((1 - rate) B) random examples.
       lr: of the network's Adam; ours.
-      memory, axis_name, at_once, check_gradient: as in `hypergradient`.
+      axis_name, **how: as in `hypergradient` (memory, at_once, check_gradient).
     Returns:
-      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
-      one. The network is in `MethodState.loss`; m, the step and the key of dropout are in `MethodState.memory`.
+      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `merge_rounds` makes K
+      of them one. The network is in `MethodState.loss`; m, the step and the key of dropout are in
+      `MethodState.carried`.
     Raises:
       ValueError: an argument is out of its range; a round is given more than one training batch.
     Source: Jiang et al., ICML 2018, and the released code. Its data-driven runs hold the epoch at 18 after burn-in (the
@@ -131,10 +131,8 @@ def mentornet(
         inner,
         outer,
         student_optimizer,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )
     train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
@@ -147,11 +145,11 @@ def mentornet(
         return MethodState(theta, phi, {}, start, optimizer.init(phi) if learned else {})
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        batch, validation = stage(batches, 0)
+        batch, validation = stage_data(batches, 0)
         if (length := length_of(batch)) != 1:
-            raise ValueError(f"MentorNet takes one student step a round, not {length}: use several.")
-        count, moving, epoch = state.memory["steps"], state.memory["percentile"], epoch_at(state.memory["steps"])
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.memory["key"]), count)
+            raise ValueError(f"MentorNet takes one student step a round, not {length}: use merge_rounds.")
+        count, moving, epoch = state.carried["steps"], state.carried["percentile"], epoch_at(state.carried["steps"])
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.carried["key"]), count)
         keep = kept_examples(key, epoch, examples_of(jax.tree.map(lambda x: x[0], batch)), dropout, axis_name)
         given = Given(batch, keep[None], epoch[None], epoch[None] < burning)
         start = state.student._replace(batch_stats=Carried(state.student.batch_stats, moving, jnp.zeros_like(moving)))
@@ -163,7 +161,7 @@ def mentornet(
         kept = train(phi, start, given, validation)
         stats, moving, weight = kept.state.batch_stats
         theta = kept.state._replace(batch_stats=stats)
-        return MethodState(theta, phi, {}, state.memory | {"steps": count + 1, "percentile": moving}, adam), {
+        return MethodState(theta, phi, {}, state.carried | {"steps": count + 1, "percentile": moving}, adam), {
             "train_loss": jnp.mean(kept.losses),
             "validation_error": kept.error,
             **{f"validation_{name}": value for name, value in kept.metrics.items()},
@@ -175,7 +173,11 @@ def mentornet(
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         """Before dropout: which examples it would take is not known."""
-        variables, epoch, moving = state.student.variables, epoch_at(state.memory["steps"]), state.memory["percentile"]
+        variables, epoch, moving = (
+            state.student.variables,
+            epoch_at(state.carried["steps"]),
+            state.carried["percentile"],
+        )
         outputs, _ = student.apply(variables, batch.inputs, True)
         losses = each_example(errors_of(task, outputs, batch), examples_of(batch))
         weights = jnp.where(epoch < burning, 1, weigh(state.loss, losses, moving, epoch, None)[0])
@@ -216,6 +218,8 @@ def network_weight(params: Network, losses: Array, difference: Array, epoch: Arr
     Source: the released code, which reads the cell states. In one step from a zero state only the input gate and the
     candidate act on them: the other gates are left out. Its output bias is added to the kernel instead; not here.
     """
+    chex.assert_rank(losses, 1)
+    chex.assert_equal_shape([losses, difference])
     gates = jnp.einsum("bf,fdg->bdg", jnp.stack([losses, difference], -1), params.cell_kernel) + params.cell_bias
     cells = jax.nn.sigmoid(gates[..., 0]) * jnp.tanh(gates[..., 1])  # [B, 2]
     fixed_part = jnp.concatenate([params.label, lax.stop_gradient(params.epochs)[epoch]])  # [7]

@@ -3,12 +3,14 @@
 Legend: B batch, V validation batch; theta student, phi parameters of the weight network, l cross entropy.
 """
 
+from typing import Unpack
+
 import optax
 
 from l2t_jax.losses.weight_net import weight_net
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.teachers.from_optax import from_optax
-from l2t_jax.types import Method, Student, Task
+from l2t_jax.types import How, Method, Student, Task
 
 
 def meta_weight_net(
@@ -19,10 +21,8 @@ def meta_weight_net(
     lr: float = 1e-3,
     weight_decay: float = 1e-4,
     units: int = 100,
-    memory: str = "auto",
     axis_name: str | None = None,
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
     """Build Meta-Weight-Net, which is L2T-DLN's round with another loss, another teacher and N = 1.
 
@@ -37,10 +37,10 @@ def meta_weight_net(
       student_optimizer: any optax transformation.
       lr, weight_decay: of V's Adam; the decay is added to the gradient before Adam (L2, not decoupled).
       units: of V's hidden layer.
-      memory, axis_name, at_once, check_gradient: as in `l2t_dln`.
+      axis_name, **how: as in `hypergradient` (memory, at_once, check_gradient).
     Returns:
-      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `several` makes K of them
-      one. V is in `MethodState.loss`, its Adam's state in `MethodState.memory`.
+      a `Method` of one student step a round: train [1, 1, B, ...], validation [1, V, ...]; `merge_rounds` makes K
+      of them one. V is in `MethodState.loss`, its Adam's state in `MethodState.carried`.
     Source: Shu et al., NeurIPS 2019, Algorithm 1, and the released main script: V 1-100-1, Adam 1e-3 with
     weight decay 1e-4, weights not divided by their sum. Where the student's optimizer has momentum or weight decay,
     their step A is plain SGD all the same and ours is that optimizer's, as in D: with plain SGD both are the same.
@@ -55,8 +55,6 @@ def meta_weight_net(
         optax.identity(),
         second_stage="restart",
         learn=False,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )

@@ -11,7 +11,7 @@ from l2t_jax.data.order import Plan
 from l2t_jax.inputs import known
 from l2t_jax.losses import LOSSES, build_loss, check_loss
 from l2t_jax.presets import Preset
-from l2t_jax.types import Loss, Student, Task
+from l2t_jax.types import How, Loss, Student, Task
 
 SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # first rate, steps -> the rate of each step
     "constant": lambda rate, steps: rate,
@@ -33,10 +33,8 @@ class Parts(NamedTuple):
     baseline: str  # of `LOSSES`: the task's fixed loss
     optimizer: optax.GradientTransformation  # the student's
     plan: Plan  # rounds of a student's life, stages S and unroll length N, as L2T-DLN reads them
-    memory: str = "auto"
     axis_name: str | None = None
-    at_once: int = 1  # runs that a device computes side by side
-    check_gradient: bool = True
+    how: How = How(check_gradient=True)  # before the first round gradients are checked
     knobs: Mapping[str, Any] = MappingProxyType({})  # of losses and methods where they differ, "NAME.KNOB": value
 
     @property
@@ -67,8 +65,8 @@ class Parts(NamedTuple):
 
     @property
     def shared(self) -> dict[str, Any]:
-        """Where and how a hypergradient is computed; before the first round its gradients are checked."""
-        return {name: getattr(self, name) for name in ("memory", "axis_name", "at_once", "check_gradient")}
+        """Where and how a hypergradient is computed."""
+        return {"axis_name": self.axis_name, **self.how}
 
 
 def teacher_arguments(name: str, settings: Preset) -> dict[str, Any]:

@@ -5,8 +5,9 @@ theta student, v decision logits, z_k whether loss k is on.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Unpack
 
+import chex
 import jax
 import jax.numpy as jnp
 import optax
@@ -14,8 +15,8 @@ from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.losses import build_loss, make_loss
-from l2t_jax.methods.common import finite, pull_of, stage, train_stage
-from l2t_jax.types import Array, Batch, Head, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task
+from l2t_jax.methods.common import finite, pull_of, stage_data, train_stage
+from l2t_jax.types import Array, Batch, Head, How, Key, Loss, Method, MethodState, PyTree, RoundBatches, Student, Task
 from l2t_jax.unroll import examples_of, init_state, inner_objective, mean_over, outer_objective
 
 POOL = ("cross_entropy", "smooth_zero_one", "mae", "generalized_cross_entropy", "focal")
@@ -35,11 +36,9 @@ def slf(
     lr: float = 1e-3,
     temperature: tuple[float, float] = (1.0, 0.1),
     axis_name: str | None = None,
-    memory: str = "auto",
-    at_once: int = 1,
-    check_gradient: bool = False,
+    **how: Unpack[How],
 ) -> Method:
-    """Build SLF. A round is one student step, so take several as one (`several`). It draws Gumbel noise, then
+    """Build SLF. A round is one student step, so take several as one (`merge_rounds`). It draws Gumbel noise, then
 
       A) theta -> theta_A with L = sum_k z_k s_k l_k / sum_k z_k;  d = d e_val(theta_A) / dv.
       B) v <- Adam(d);  theta steps again, from where A began, on the same batch with the same noise and the new v.
@@ -56,9 +55,7 @@ def slf(
       lr: of Adam.
       temperature: at the first step and after the last, exponential between them.
       axis_name: mapped axis over which batches are split, if any.
-      memory: how the hypergradient trades memory for time.
-      at_once: how many runs a device computes side by side, which the memory mode "auto" cannot see.
-      check_gradient: as in `hypergradient`.
+      **how: memory, at_once, check_gradient, as in `hypergradient`.
     Returns:
       a `Method` of one stage, leaves [1, N, B, ...] with N = 1; a larger N looks N steps ahead with one draw.
     Raises:
@@ -77,10 +74,8 @@ def slf(
         inner,
         outer,
         student_optimizer,
-        memory=memory,
         axis_name=axis_name,
-        at_once=at_once,
-        check_gradient=check_gradient,
+        **how,
     )
     only_train = train_stage(inner, outer, student_optimizer, axis_name=axis_name)
 
@@ -92,7 +87,7 @@ def slf(
         return MethodState(theta, {"logits": v, "params": params}, {}, draws, optimizer.init(v))
 
     def done(state: MethodState) -> Array:
-        return state.memory["steps"].astype(state.memory["scale"].dtype) / steps
+        return state.carried["steps"].astype(state.carried["scale"].dtype) / steps
 
     def pool_at(state: MethodState) -> tuple[PyTree, ...]:
         progress = done(state)
@@ -104,15 +99,15 @@ def slf(
         def compute(_: Any) -> tuple[Array, Array]:
             return initial_scale(inner, state.student, params, batch, axis_name).astype(old.dtype), jnp.bool_(True)
 
-        old, known = state.memory["scale"], state.memory["steps"] > 0
+        old, known = state.carried["scale"], state.carried["steps"] > 0
         # No cond: with runs side by side (vmap) that would compute its branch in every round and drop the result.
         return lax.while_loop(lambda carry: ~carry[1], compute, (old, known))[0]
 
     def round(state: MethodState, batches: RoundBatches) -> tuple[MethodState, dict[str, Any]]:
-        train, validation = stage(batches, 0)
-        count, v, params = state.memory["steps"], state.loss["logits"], pool_at(state)
+        train, validation = stage_data(batches, 0)
+        count, v, params = state.carried["steps"], state.loss["logits"], pool_at(state)
         scale = scale_at(state, params, jax.tree.map(lambda x: x[0], train))
-        key = jax.random.fold_in(jax.random.wrap_key_data(state.memory["key"]), count)
+        key = jax.random.fold_in(jax.random.wrap_key_data(state.carried["key"]), count)
         noise, now = draw(key, v), temperature_at(done(state), temperature)
 
         weights, chain = jax.vjp(lambda v: mix(select(v, noise, now), scale), v)
@@ -123,12 +118,12 @@ def slf(
         z = select(v, noise, now)
         kept = only_train({"weights": mix(z, scale), "params": params}, state.student, train, validation)
 
-        after = {**state.memory, "scale": scale, "steps": count + examples_of(train)}
+        after = {**state.carried, "scale": scale, "steps": count + examples_of(train)}
         state = MethodState(kept.state, {**state.loss, "logits": v}, {}, after, adam)
         return state, _metrics(kept, ahead.error, v, z, gradient, names)
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
-        weights = mix(probability(state.loss["logits"]), state.memory["scale"])  # nothing is drawn for a record
+        weights = mix(probability(state.loss["logits"]), state.carried["scale"])  # nothing is drawn for a record
         phi = {"weights": weights, "params": pool_at(state)}
         return pull_of(student, task, loss, state.student.variables, phi, batch)
 
@@ -180,6 +175,7 @@ def select(v: Array, noise: Array, temperature: Array) -> Array:
     Returns:
       z [K]. Where nothing is on, the most probable loss is.
     """
+    chex.assert_equal_shape([v, noise])
     soft = probability((v + noise) / temperature)
     on = jnp.argmax(v + noise, axis=-1) == ON
     best = jnp.arange(len(v)) == jnp.argmax(v[:, ON] - v[:, 1 - ON])
@@ -189,6 +185,7 @@ def select(v: Array, noise: Array, temperature: Array) -> Array:
 
 def mix(z: Array, scale: Array) -> Array:
     """The weights of the losses, w_k = z_k s_k / sum z [K]; sum z >= 1 as one is on, so this is max(1, sum z)."""
+    chex.assert_equal_shape([z, scale])
     return z * scale / jnp.sum(z)
 
 

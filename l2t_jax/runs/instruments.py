@@ -119,8 +119,8 @@ class Instruments:
             norms = jnp.linalg.norm(under_dln), jnp.linalg.norm(under_ce)
             parts = by_position(phi, theta, first, task.gather(data, validation, None))
             d = jax.tree.map(lambda x: x.sum(0), parts)
-            memory = state.memory.memory if isinstance(state.memory, Life) else state.memory
-            update, _ = teacher.update(state.teacher, memory, d, phi)
+            hidden = state.carried.carried if isinstance(state.carried, Life) else state.carried
+            update, _ = teacher.update(state.teacher, hidden, d, phi)
             flat, u = ravel_pytree(d)[0], ravel_pytree(update)[0]
             after = optax.apply_updates(phi, update)
             errors = [judged(taught, p, theta, batches, judge) for p in (phi, after)]

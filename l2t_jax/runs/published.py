@@ -8,7 +8,7 @@ a published number says what was claimed, not what this student on this budget s
 from typing import NamedTuple
 
 
-class Setup(NamedTuple):
+class Group(NamedTuple):
     """What a number was measured on."""
 
     dataset: str
@@ -16,8 +16,8 @@ class Setup(NamedTuple):
     noise: str = ""  # e.g. "flip2 40"
 
 
-def _column(dataset: str, student: str, noise: str = "", /, **accuracies: float) -> dict[tuple[Setup, str], float]:
-    return {(Setup(dataset, student, noise), method): value for method, value in accuracies.items()}
+def _column(dataset: str, student: str, noise: str = "", /, **accuracies: float) -> dict[tuple[Group, str], float]:
+    return {(Group(dataset, student, noise), method): value for method, value in accuracies.items()}
 
 
 def _baselines(cross_entropy: float, smooth: float, large_margin: float, l2t_dlf: float) -> dict[str, float]:
@@ -29,7 +29,7 @@ def _baselines(cross_entropy: float, smooth: float, large_margin: float, l2t_dlf
     }
 
 
-PUBLISHED: dict[tuple[Setup, str], float] = {
+PUBLISHED: dict[tuple[Group, str], float] = {
     # L2T-DLF (NeurIPS 2018), Table 1: errors.
     **_column("mnist", "mlp", **_baselines(98.06, 98.11, 98.17, 98.31)),
     **_column("mnist", "lenet", **_baselines(99.02, 99.06, 99.12, 99.23)),

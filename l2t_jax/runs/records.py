@@ -46,8 +46,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
     """Read the record of a run (summary.json) or of a cell of a table (records/NAME.json), whenever it was written.
 
     A cell may name its environment, which then is in the table's environments.json. Records of before tasks had a
-    headline of their own hold `test_accuracy` in place of `metric` and `score`, and the knobs of students as fields of
-    the config.
+    headline of their own hold `test_accuracy` in place of `metric` and `score`, the knobs of students as fields of the
+    config, and another name of `reset_hidden`.
 
     Raises:
       OSError: it is not there.
@@ -65,6 +65,8 @@ def read_record(path: str | Path) -> dict[str, Any]:
         was = {"width": None, "shortcut": "a", "head_grid": 1}  # the defaults
         given = {name: config.pop(name, value) for name, value in was.items()}
         config["student_knobs"] = {name: value for name, value in given.items() if value != was[name]}
+    if "reset_memory" in (settings := config.get("settings", {})):
+        settings["reset_hidden"] = settings.pop("reset_memory")
     for method in record.get("methods", {}).values():
         if "test_accuracy" in method:
             method["score"] = method.pop("test_accuracy")

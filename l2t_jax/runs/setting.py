@@ -25,7 +25,7 @@ from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load
-from l2t_jax.types import Array, Batch, Key, Method, PyTree, Student, Task
+from l2t_jax.types import Array, Batch, How, Key, Method, PyTree, Student, Task
 
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
 
@@ -81,9 +81,8 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
         knobs=config.knobs,
         optimizer=optimizer,
         plan=plan,
-        memory=config.memory,
         axis_name=layout.axis_name,
-        at_once=layout.seeds,
+        how=How(memory=config.memory, at_once=layout.seeds, check_gradient=True),
     )
     setting = Setting(config, options, dataset, layout, parts, inputs)
     return setting, build_entries(config.methods, parts, options.teacher_from is not None)

@@ -11,7 +11,7 @@ import numpy as np
 from scipy import stats
 
 from l2t_jax.runs import plots
-from l2t_jax.runs.published import Setup
+from l2t_jax.runs.published import Group
 from l2t_jax.runs.reporting import decimals, headline, points, result, shown
 
 LEVEL = 0.05
@@ -231,15 +231,15 @@ def worth(record: Record) -> float:
 # What a record was measured on.
 
 
-def setup_of(record: Record) -> Setup:
+def group_of_record(record: Record) -> Group:
     """What a record was measured on."""
     noise = record["config"]["noise"]
-    return Setup(
+    return Group(
         record["dataset"], record["student"], "" if noise is None else f"{noise['kind']} {100 * noise['ratio']:g}"
     )
 
 
 def name_of(record: Record) -> str:
     """The same for readers."""
-    setup = setup_of(record)
-    return ", ".join([setup.dataset, setup.student] + ([f"{setup.noise} %"] if setup.noise else []))
+    group = group_of_record(record)
+    return ", ".join([group.dataset, group.student] + ([f"{group.noise} %"] if group.noise else []))

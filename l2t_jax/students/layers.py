@@ -6,6 +6,7 @@ Legend: B batch, H and W height and width in pixels, c channels.
 from functools import partial
 from typing import Any, cast
 
+import chex
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
@@ -97,6 +98,7 @@ def dropout(x: Array, rate: float, keys: Key | None, place: int) -> Array:
     """
     if keys is None or rate == 0:
         return x
+    chex.assert_shape(keys, x.shape[:1])
     draw = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))
     return jnp.where(draw(keys), x / (1 - rate), 0)
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -79,6 +80,7 @@ def crop_and_flip(images: Array, keys: Key) -> Array:
     Source: He et al. 2016, section 4.2. Whether the padding is black or the mean colour is not stated: raw
     pixels of 0 here, before normalisation, as in torchvision's RandomCrop.
     """
+    chex.assert_shape(keys, images.shape[:-3])
     shape = images.shape[-3:]  # H, W, c
 
     def one(image: Array, key: Key) -> Array:

@@ -6,6 +6,7 @@ Legend: F state features, D units of a key, n slots, C classes, T steps of a stu
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 
@@ -52,6 +53,7 @@ def saw_batch(running: Running, measured: dict[str, Array]) -> Running:
       running: before the batch.
       measured: {"loss", "accuracy", "margin"}, each [].
     """
+    chex.assert_rank(list(measured.values()), 0)
     before = running.steps.astype(running.train_loss.dtype)  # an int would make it float32 whatever the rest is
     rate = jnp.maximum(1 - DECAY, 1 / (before + 1))
     return running._replace(
@@ -68,6 +70,7 @@ def _toward(old: Array, new: Array, rate: Array) -> Array:
 
 def saw_validation(running: Running, accuracy: Array) -> Running:
     """Take in the accuracy [] on a validation batch."""
+    chex.assert_rank(accuracy, 0)
     accuracy = accuracy.astype(running.dev_accuracy.dtype)
     return running._replace(dev_accuracy=accuracy, best_dev_accuracy=jnp.maximum(running.best_dev_accuracy, accuracy))
 

@@ -33,7 +33,7 @@ class CellState(NamedTuple):
 
 
 class Aged(NamedTuple):
-    """The memory of a teacher with a window."""
+    """The hidden state of a teacher with a window."""
 
     states: PyTree
     age: Array  # [] int32, rounds
@@ -57,14 +57,14 @@ def coordinate_lstm(
       odd: use (T(d) - T(-d)) / 2, which has no common offset over the coordinates at initialisation. Not in the paper.
       silent: begin with zeros in what makes the last layer's candidate values, so that g = 0 whatever the
         hypergradient until the teacher has learned something. Not in the paper.
-      window: rounds after which the memory is cleared; 0 never, as in the released code. Its cells add up what they
-        read, and one round's derivative does not tell the teacher to forget: without it they saturate, and the update
-        is then the same in every round, whatever the hypergradient. Not in the paper.
+      window: rounds after which the hidden state is cleared; 0 never, as in the released code. Its cells add up what
+        they read, and one round's derivative does not tell the teacher to forget: without it they saturate, and the
+        update is then the same in every round, whatever the hypergradient. Not in the paper.
     Returns:
-      a `Teacher` whose memory holds a hidden and a cell state for every coordinate and, with a window, its age.
+      a `Teacher` whose hidden state holds h and the cell state for every coordinate and, with a window, its age.
     Raises:
       ValueError: an argument is out of its range; when called, the hypergradient is not like the loss parameters, or
-        memory or parameters are those of a teacher of other loss parameters or other arguments.
+        hidden state or parameters are those of a teacher of other loss parameters or other arguments.
     Source: L2T-DLN (NeurIPS 2023) Eq. 3 and 5.1; coordinate-wise after Andrychowicz et al. 2016. The paper does not
     mention preprocessing; the released code has it with p = 10. The output is the last layer's hidden state.
     """
@@ -75,44 +75,47 @@ def coordinate_lstm(
     if preprocess is not None and not 0 < preprocess < math.inf:
         raise ValueError(f"preprocess={preprocess!r} is not a positive, finite number: give p, or None for none.")
     if not isinstance(window, int) or window < 0:
-        raise ValueError(f"a window of {window} rounds is none: give at least 1, or 0 to clear no memory.")
+        raise ValueError(f"a window of {window} rounds is none: give at least 1, or 0 to clear nothing.")
     features = 1 if preprocess is None else 2
 
     def init(key: Key) -> tuple[Cell, ...]:
         cells = init_cells(key, features)
         return (*cells[:-1], silenced(cells[-1])) if silent else cells
 
-    def memory_of(loss_params: PyTree) -> PyTree:
-        flat, _ = ravel_pytree(loss_params)
+    def hidden_of(phi: PyTree) -> PyTree:
+        flat, _ = ravel_pytree(phi)
         states = (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
         return Aged(states, jnp.int32(0)) if window else states
 
-    def update(params: PyTree, memory: PyTree, hypergradient: PyTree, loss_params: PyTree) -> tuple[PyTree, PyTree]:
-        check_like(loss_params, hypergradient, "the hypergradient", "the loss parameters")
+    def update(params: PyTree, hidden: PyTree, hypergradient: PyTree, phi: PyTree) -> tuple[PyTree, PyTree]:
+        check_like(phi, hypergradient, "the hypergradient", "the loss parameters")
         check_floats(hypergradient, "the hypergradient")
-        expected = jax.eval_shape(memory_of, loss_params)
+        expected = jax.eval_shape(hidden_of, phi)
         check_like(
-            expected, memory, "the teacher's memory", "what `memory` gives for these loss parameters and arguments"
+            expected,
+            hidden,
+            "the teacher's hidden state",
+            "what `hidden` gives for this phi and these arguments",
         )
         check_like(jax.eval_shape(init, jax.random.key(0)), params, "the teacher's parameters", "what `init` gives")
         if window:
-            kept = memory.age % window > 0
-            states = jax.tree.map(lambda x: jnp.where(kept, x, 0), memory.states)
+            kept = hidden.age % window > 0
+            states = jax.tree.map(lambda x: jnp.where(kept, x, 0), hidden.states)
             result, states = at_once(params, states, hypergradient)
-            return result, Aged(states, memory.age + 1)
-        return at_once(params, memory, hypergradient)
+            return result, Aged(states, hidden.age + 1)
+        return at_once(params, hidden, hypergradient)
 
-    def at_once(params: PyTree, memory: PyTree, hypergradient: PyTree) -> tuple[PyTree, PyTree]:
+    def at_once(params: PyTree, hidden: PyTree, hypergradient: PyTree) -> tuple[PyTree, PyTree]:
         flat, unravel = ravel_pytree(hypergradient)  # [P]
         if odd:
-            up, up_memory = run_cells(params, memory[0], features_of(flat, preprocess))
-            down, down_memory = run_cells(params, memory[1], features_of(-flat, preprocess))
-            output, memory = (up - down) / 2, (up_memory, down_memory)
+            up, up_hidden = run_cells(params, hidden[0], features_of(flat, preprocess))
+            down, down_hidden = run_cells(params, hidden[1], features_of(-flat, preprocess))
+            output, hidden = (up - down) / 2, (up_hidden, down_hidden)
         else:
-            output, memory = run_cells(params, memory, features_of(flat, preprocess))
-        return unravel(update_sign * dln_lr * output), memory
+            output, hidden = run_cells(params, hidden, features_of(flat, preprocess))
+        return unravel(update_sign * dln_lr * output), hidden
 
-    return Teacher(init=init, memory=memory_of, update=update)
+    return Teacher(init=init, hidden=hidden_of, update=update)
 
 
 def init_cells(key: Key, features: int) -> tuple[Cell, ...]:
@@ -155,10 +158,10 @@ def features_of(gradient: Array, p: float | None) -> Array:
     return jnp.stack([first, second], axis=-1).astype(gradient.dtype)
 
 
-def run_cells(cells: tuple[Cell, ...], memory: tuple[CellState, ...], x: Array) -> tuple[Array, tuple[CellState, ...]]:
-    """Run one time step of all layers for all coordinates: x [P, F] -> output [P] in (-1, 1), new memory."""
+def run_cells(cells: tuple[Cell, ...], hidden: tuple[CellState, ...], x: Array) -> tuple[Array, tuple[CellState, ...]]:
+    """Run one time step of all layers for all coordinates: x [P, F] -> output [P] in (-1, 1), new hidden."""
     states = []
-    for cell, state in zip(cells, memory, strict=True):
+    for cell, state in zip(cells, hidden, strict=True):
         gates = x @ cell.input_kernel + state.hidden @ cell.hidden_kernel + cell.input_bias + cell.hidden_bias
         i, f, g, o = jnp.split(gates, 4, axis=-1)  # [P, H] each
         new_cell = jax.nn.sigmoid(f) * state.cell + jax.nn.sigmoid(i) * jnp.tanh(g)

@@ -8,6 +8,7 @@ Legend: C classes, W windows remembered, F = 2 W + 4 features of a pair, P pairs
 import math
 from typing import NamedTuple
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -73,6 +74,7 @@ def choose(policy: tuple[Layer, ...], features: Array, key: Key | None) -> Array
 
 def move(phi: Array, actions: Array, beta: float) -> Array:
     """Phi' = clip(Phi + a, -1, 1) off the diagonal, which stays as it is; Phi [C, C], actions [C, C] in 0, 1, 2."""
+    chex.assert_shape([phi, actions], (len(phi), len(phi)))
     moved = jnp.clip(phi + beta * (actions - STAY).astype(phi.dtype), -1, 1)
     return jnp.where(jnp.eye(len(phi), dtype=bool), phi, moved)
 
@@ -85,6 +87,8 @@ def entropy(policy: tuple[Layer, ...], features: Array) -> Array:
 
 def remember(history: Array, costs: Array, examples: Array, first: Array) -> Array:
     """Append C_ij = costs_ij / examples_i to a history [W, C, C] and drop the oldest; what is seen `first` fills it."""
+    chex.assert_shape(examples, costs.shape[:1])
+    chex.assert_shape(history, (None, *costs.shape))
     means = costs / jnp.maximum(examples, 1)[:, None]
     newest = jnp.where(examples[:, None] > 0, means, history[-1]).astype(history.dtype)
     return jnp.where(first, newest, jnp.concatenate([history[1:], newest[None]]))
@@ -105,6 +109,7 @@ def pair_features(history: Array, phi: Array, progress: Array) -> Array:
     Source: ALA (ICML 2019), 4: [C_ij, C_ji] of a pair. The history, the change, Phi and the progress are those of a
     public re-implementation, as the paper's numbers are not available to us; their order is ours.
     """
+    chex.assert_shape(phi, history.shape[1:])
     forth = jnp.moveaxis(history, 0, -1)  # [C, C, W]
     mean = jnp.mean(forth, axis=-1)
     change = (forth[..., -1] - mean) / jnp.maximum(mean, SMALLEST)
