@@ -30,6 +30,8 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | lives of the student    | 1              | 1              | 1                  | 1              | Alg. 1; code  |
 | LSTM hidden state       | never cleared  | never cleared  | never cleared      | never cleared  | code          |
 | cleared after rounds    | never          | never          | never              | 5              | code          |
+
+A task may change rows of every column (N, batch sizes): `TaskSpec.settings`. Its loss and its fixed loss stand there too.
 """
 
 import dataclasses
