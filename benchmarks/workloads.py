@@ -14,7 +14,7 @@ from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.runs.parallel import Dispatch
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks.image_classification import ImageInfo, image_classification
+from l2t_jax.tasks.classification import Classes, classification
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Batch, How, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
 from l2t_jax.unroll import InnerLoss, OuterError, init_state, inner_objective, outer_objective
@@ -94,7 +94,7 @@ class Teaching(NamedTuple):
 
     def state(self, seed: int) -> MethodState:
         """The beginning."""
-        shape = self.data["images"].shape[1:]
+        shape = self.data["inputs"].shape[1:]
         return self.method.init(jax.random.key(seed), jnp.zeros((2, *shape)))
 
 
@@ -116,8 +116,8 @@ def teaching(
     images = random.integers(0, 256, (EXAMPLES, *workload.shape), np.uint8)
     labels = random.integers(0, 10, EXAMPLES, np.int32)
     half = (127.5,) * channels
-    data = {"images": images, "labels": labels}
-    task = image_classification(Dataset("random", data, data, ImageInfo(10, half, half, augment=channels == 3)))
+    data = {"inputs": images, "labels": labels}
+    task = classification(Dataset("random", data, data, Classes(10, half, half, augment=channels == 3)))
     method = l2t_dln(
         workload.student(axis_name),
         task,

@@ -68,7 +68,7 @@ def _define_knob(name: str, of: dict[str, Knob]) -> None:
     define[kind](name, None, f"Of the student. {text}.")
 
 
-flags.DEFINE_string("task", "image_classification", f"{_choices(TASKS)}. What is learned.")
+flags.DEFINE_string("task", "classification", f"{_choices(TASKS)}. What is learned.")
 flags.DEFINE_string(
     "dataset",
     None,

@@ -18,7 +18,7 @@ from experiments._command import command, run_one, start
 
 flags.adopt_module_key_flags(_flags)
 
-main = command("classification", run_one, task="image_classification")
+main = command("classification", run_one, task="classification")
 
 if __name__ == "__main__":
     start(main)

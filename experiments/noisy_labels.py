@@ -21,7 +21,7 @@ from experiments._command import command, run_one, start
 flags.adopt_module_key_flags(_flags)
 flags.adopt_module_key_flags(_noise)
 
-main = command("noisy_labels", run_one, _noise.from_flags, task="image_classification")
+main = command("noisy_labels", run_one, _noise.from_flags, task="classification")
 
 if __name__ == "__main__":
     start(main)

@@ -174,7 +174,7 @@ def promises(labels: str, rows: dict[str, Row]) -> list[tuple[str, bool]]:
     return found
 
 
-main = command("replication", fill, _prepare, task="image_classification")
+main = command("replication", fill, _prepare, task="classification")
 
 if __name__ == "__main__":
     start(main)

@@ -74,7 +74,7 @@ def _instruments(setting: Setting, entry: Entry) -> Instruments:
     return Instruments(setting, entry.method, frozenset(moments))
 
 
-main = command("study", study, _prepare, task="image_classification")
+main = command("study", study, _prepare, task="classification")
 
 if __name__ == "__main__":
     start(main)

@@ -31,7 +31,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | LSTM hidden state       | never cleared  | never cleared  | never cleared      | never cleared  | code          |
 | cleared after rounds    | never          | never          | never              | 5              | code          |
 
-A task may change rows of every column (N, batch sizes): `TaskSpec.settings`. Its loss and its fixed loss stand there too.
+A task may change rows of every column (N, batch sizes): `TaskSpec.settings`. Its taught and its fixed loss stand there.
 """
 
 import dataclasses

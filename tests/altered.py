@@ -4,7 +4,7 @@ import dataclasses
 
 
 def altered(dataset, **changes):
-    """With other arrays (train_images, test_labels, train_true), fields of its info (mean), or fields of its own."""
+    """With other arrays (train_inputs, test_labels, train_true), fields of its info (mean), or fields of its own."""
     parts = {part: dict(getattr(dataset, part)) for part in ("train", "test")}
     info = {}
     for name, value in changes.items():

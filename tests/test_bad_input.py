@@ -43,7 +43,7 @@ from l2t_jax.runs.parallel import SHARDS
 from l2t_jax.students import STUDENTS, from_linen
 from l2t_jax.students.resnet import SHORTCUTS
 from l2t_jax.tasks import evaluate, load
-from l2t_jax.tasks.image_classification import DATASETS, check, image_classification
+from l2t_jax.tasks.classification import CLASSIFICATION, DATASETS, check
 from l2t_jax.teachers import TEACHERS, build_teacher, from_optax, sum_of
 from l2t_jax.teachers.coordinate_lstm import coordinate_lstm
 from l2t_jax.types import Batch, Loss, RoundBatches
@@ -198,7 +198,7 @@ def launch(*arguments):
 # Data sets
 
 DIGITS = load("digits")
-IMAGES, LABELS = ("train_images", "test_images"), ("train_labels", "test_labels")
+INPUTS, LABELS = ("train_inputs", "test_inputs"), ("train_labels", "test_labels")
 
 
 def array_of(name):
@@ -223,9 +223,9 @@ def part(name):
 
 BAD_DATA = {
     **{
-        f"{name} {dtype}": (changed(name, lambda x, d=dtype: x.astype(d)), rf"{part(name)}: images are {dtype} .*uint8")
-        for name in IMAGES
-        for dtype in ("float32", "float64", "int64", "bool", "complex64", "object")
+        f"{name} {dtype}": (changed(name, lambda x, d=dtype: x.astype(d)), rf"{part(name)}: inputs are {dtype} .*uint8")
+        for name in INPUTS
+        for dtype in ("float16", "float64", "int64", "bool", "complex64", "object")
     },
     **{
         f"{name} {dtype}": (changed(name, lambda x, d=dtype: x.astype(d)), rf"{part(name)}: labels are {dtype} .*int32")
@@ -235,27 +235,29 @@ BAD_DATA = {
     **{
         f"{name} with an axis {axis} more": (
             changed(name, lambda x, a=axis: np.expand_dims(x, a)),
-            rf"{part(name)}: {name.split('_')[1]} are .*expected" if axis else "expected one of each",
+            (rf"{part(name)}: labels are .*expected" if "labels" in name else "train inputs are .* and test inputs")
+            if axis
+            else "expected one of each",
         )
-        for name in (*IMAGES, *LABELS)
+        for name in (*INPUTS, *LABELS)
         for axis in (0, 1)
     },
-    **{f"{name} too few": (changed(name, lambda x: x[:-1]), "images have .* labels") for name in (*IMAGES, *LABELS)},
-    **{f"{name} none": (changed(name, lambda x: x[:0]), "there is no example") for name in (*IMAGES, *LABELS)},
-    **{f"{name} a list": (changed(name, lambda x: x.tolist()), "are a list") for name in (*IMAGES, *LABELS)},
-    **{f"{name} missing": ({name: None}, "are a NoneType") for name in (*IMAGES, *LABELS)},
+    **{f"{name} too few": (changed(name, lambda x: x[:-1]), "inputs have .* labels") for name in (*INPUTS, *LABELS)},
+    **{f"{name} none": (changed(name, lambda x: x[:0]), "there is no example") for name in (*INPUTS, *LABELS)},
+    **{f"{name} a list": (changed(name, lambda x: x.tolist()), "are a list") for name in (*INPUTS, *LABELS)},
+    **{f"{name} missing": ({name: None}, "are a NoneType") for name in (*INPUTS, *LABELS)},
     **{
         f"label {value} in {name}": (put(value, name), rf"{part(name)}: label {value} at index 3 is outside 0\.\.9")
         for name in LABELS
         for value in (10, 2**31 - 1, -1, -(2**31))
     },
     "NaN pixels": (
-        changed("train_images", lambda x: np.where(np.arange(64).reshape(8, 8, 1) == 5, np.nan, x)),
-        "images are float64",
+        changed("train_inputs", lambda x: np.where(np.arange(64).reshape(8, 8, 1) == 5, np.nan, x)),
+        "inputs are float64",
     ),
     **{
         f"class {gone} gone": (
-            {f"train_{what}": DIGITS.train[what][DIGITS.train["labels"] != gone] for what in ("images", "labels")},
+            {f"train_{what}": DIGITS.train[what][DIGITS.train["labels"] != gone] for what in ("inputs", "labels")},
             rf"classes \[{gone}\] have no training example",
         )
         for gone in (0, 9)
@@ -272,7 +274,7 @@ BAD_DATA = {
         f"std {x}": ({"std": x}, "every std must be positive")
         for x in ((), (0.0,), (-1.0,), (1.0, 2.0), (float("nan"),), (float("inf"),))
     },
-    "test images of another size": (changed("test_images", lambda x: x[:, 1:]), "train images are .* and test images"),
+    "test images of another size": (changed("test_inputs", lambda x: x[:, 1:]), "train inputs are .* and test inputs"),
     "a meta set below 0": ({"meta": -1}, "meta=-1, expected"),
     "a meta set of all": ({"meta": DIGITS.examples}, "meta=1437, expected"),
     "true labels too few": ({"train_true": DIGITS.train["labels"][1:]}, "have 1436 true"),
@@ -497,7 +499,7 @@ def test_targets_of_every_loss(name):
 
 
 def test_targets_of_the_task():
-    task = image_classification(DIGITS)
+    task = CLASSIFICATION.build(DIGITS)
     for outputs, targets, line in (*BAD_TARGETS.values(), *BAD_CLASSES.values()):
         for of_task in (task.error, task.metrics):
             with pytest.raises(ValueError) as error:
@@ -688,7 +690,7 @@ DOORS = {
     "data of no examples": (lambda: evaluated(jax.tree.map(lambda x: x[:0], toy.batch(0, 20))), r"\[0, 5\], \[0\]"),
     "a number as data": (lambda: evaluated(toy.batch(0, 20)._replace(targets=jnp.int32(1))), r"\[20, 5\], \[\]"),
     "lists as data": (lambda: evaluated(Batch([[1.0]], [1])), r"the leaves of data are \[\], \[\]"),
-    "words as data": (lambda: evaluated({"images": np.array(["a"])}), "data/images is a NumPy array of <U1"),
+    "words as data": (lambda: evaluated({"inputs": np.array(["a"])}), "data/inputs is a NumPy array of <U1"),
     **{
         f"a batch size of {size!r}": (lambda size=size: evaluated(batch_size=size), "batch_size=.* is not a positive")
         for size in (0, -1, 2.5, "10", None, True)

@@ -17,7 +17,7 @@ from l2t_jax.runs import tables
 from l2t_jax.runs.published import PUBLISHED
 from l2t_jax.runs.setting import build_setting
 from l2t_jax.tasks import load
-from l2t_jax.tasks.image_classification import DATASETS
+from l2t_jax.tasks.classification import DATASETS
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but controls and what is of a kind that is there already; `test_every_name_builds` has all.

@@ -16,7 +16,7 @@ from PIL import Image
 from l2t_jax.data import DataError, Dataset, hold_out
 from l2t_jax.data.noise import with_noise, wrong_share
 from l2t_jax.tasks import load
-from l2t_jax.tasks.image_classification import check
+from l2t_jax.tasks.classification import check
 
 
 def real_data() -> str:
@@ -35,12 +35,12 @@ def digits() -> Dataset:
 
 @pytest.mark.versions
 def test_digits_are_split_by_class_and_always_alike(digits: Dataset) -> None:
-    assert digits.train["images"].shape == (1437, 8, 8, 1) and digits.test["images"].shape == (360, 8, 8, 1)
-    assert digits.train["images"].min() == 0 and digits.train["images"].max() == 16
+    assert digits.train["inputs"].shape == (1437, 8, 8, 1) and digits.test["inputs"].shape == (360, 8, 8, 1)
+    assert digits.train["inputs"].min() == 0 and digits.train["inputs"].max() == 16
     train, test = np.bincount(digits.train["labels"]), np.bincount(digits.test["labels"])
     assert abs(test - (train + test) / 5).max() < 1
-    np.testing.assert_allclose(digits.info.mean[0], digits.train["images"].mean())
-    np.testing.assert_allclose(digits.info.std[0], digits.train["images"].std())
+    np.testing.assert_allclose(digits.info.mean[0], digits.train["inputs"].mean())
+    np.testing.assert_allclose(digits.info.std[0], digits.train["inputs"].std())
     assert digits.sha256 == "ceadbeb3288cb26088cfa8f18284605a59bf9dd2c77641ae37631cd16474f4c2"
 
 
@@ -49,18 +49,18 @@ def test_digits_divide_the_whole_set(digits: Dataset) -> None:
 
     images, labels = load_digits(return_X_y=True)
     whole = {(*image.astype(int), label) for image, label in zip(images, labels, strict=True)}
-    parts = [(digits.train["images"], digits.train["labels"]), (digits.test["images"], digits.test["labels"])]
+    parts = [(digits.train["inputs"], digits.train["labels"]), (digits.test["inputs"], digits.test["labels"])]
     train, test = ({(*i.ravel(), y) for i, y in zip(*part, strict=True)} for part in parts)
     assert train | test == whole and len(train) + len(test) == len(whole) == 1797
 
 
 def test_hash_sees_pixels_labels_and_shapes(digits: Dataset) -> None:
-    images = digits.test["images"].copy()
+    images = digits.test["inputs"].copy()
     images[-1, -1, -1] += 1
     others = [
-        altered(digits, test_images=images),
+        altered(digits, test_inputs=images),
         altered(digits, train_labels=np.roll(digits.train["labels"], 1)),
-        altered(digits, test_images=digits.test["images"].reshape(360, 4, 16, 1)),
+        altered(digits, test_inputs=digits.test["inputs"].reshape(360, 4, 16, 1)),
     ]
     assert len({d.sha256 for d in [digits, *others]}) == 4
 
@@ -72,17 +72,18 @@ def put(array: np.ndarray, index: object, value: int) -> np.ndarray:
 
 
 def test_check_names_what_is_wrong(digits: Dataset) -> None:
-    images, labels, held = digits.train["images"], digits.train["labels"], digits.test["images"]
+    images, labels, held = digits.train["inputs"], digits.train["labels"], digits.test["inputs"]
     no_threes = labels != 3
     cases: dict[str, dict[str, Any]] = {
         r"train: label 10 at index 17 is outside 0..9 \(1 such": {"train_labels": put(labels, 17, 10)},
         r"test: label -1 at index 4 .*\(2 such": {"test_labels": put(digits.test["labels"], [4, 9], -1)},
-        r"classes \[3\]": {"train_images": images[no_threes], "train_labels": labels[no_threes]},
-        "1437 images have 1436 labels": {"train_labels": labels[:-1]},
+        r"classes \[3\]": {"train_inputs": images[no_threes], "train_labels": labels[no_threes]},
+        "1437 inputs have 1436 labels": {"train_labels": labels[:-1]},
         "labels are int64": {"train_labels": labels.astype(np.int64)},
-        "images are float64": {"test_images": held / 16},
-        r"images are uint8 \(360, 8, 8\)": {"test_images": held[..., 0]},
-        r"test images \(4, 8, 1\)": {"test_images": held[:, :4]},
+        "inputs are float64": {"test_inputs": held / 16},
+        r"train inputs are \(8, 8, 1\) and test inputs \(8, 8\)": {"test_inputs": held[..., 0]},
+        r"the input at index 3 is not finite \(1 such\)": {"train_inputs": put(np.float32(images), (3, 0), np.nan)},
+        r"test inputs \(4, 8, 1\)": {"test_inputs": held[:, :4]},
         "1 channels": {"mean": (1.0, 2.0)},
         "every std must be positive": {"std": (0.0,)},
     }
@@ -140,7 +141,7 @@ def test_prepared_data_are_read(tmp_path: Path) -> None:
 
     Mnist(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     mnist = load("mnist", tmp_path)
-    for read, labels in ((mnist.train["images"], mnist.train["labels"]), (mnist.test["images"], mnist.test["labels"])):
+    for read, labels in ((mnist.train["inputs"], mnist.train["labels"]), (mnist.test["inputs"], mnist.test["labels"])):
         np.testing.assert_array_equal(read[np.argsort(labels)], images)  # TFDS shuffles
 
 
@@ -167,7 +168,7 @@ def test_held_out_examples_take_the_place_of_the_test_set(digits: Dataset) -> No
     counts = np.bincount(labels)
     np.testing.assert_array_equal(np.bincount(held.test["labels"]), np.round(0.2 * counts))
     np.testing.assert_array_equal(np.bincount(held.train["labels"]), counts - np.round(0.2 * counts))
-    key = lambda part: sorted((x.tobytes(), int(y)) for x, y in zip(part["images"], part["labels"], strict=True))  # noqa: E731
+    key = lambda part: sorted((x.tobytes(), int(y)) for x, y in zip(part["inputs"], part["labels"], strict=True))  # noqa: E731
     assert sorted(key(held.train) + key(held.test)) == key(digits.train)  # nothing of the test set, nothing twice
     again, other = hold_out(digits, 0.2, strata=labels), hold_out(digits, 0.2, seed=1, strata=labels)
     assert again.sha256 == held.sha256 != other.sha256
@@ -185,10 +186,10 @@ def test_the_parts_of_an_example_stay_together(digits: Dataset) -> None:
     noisy = with_noise(digits, "flip2", 0.4, 100, 1)
     held = hold_out(noisy, 0.2, strata=noisy.train["true"])
     for data in (noisy, held, held.take(np.arange(held.examples)[::-1], meta=0)):
-        np.testing.assert_array_equal(data.train["images"], digits.train["images"][data.index])
+        np.testing.assert_array_equal(data.train["inputs"], digits.train["inputs"][data.index])
         np.testing.assert_array_equal(data.train["true"], labels[data.index])
     assert wrong_share(held) == pytest.approx(0.39, abs=0.02)
-    np.testing.assert_array_equal(held.train["images"][-100:], noisy.train["images"][-100:])  # of the meta set none
+    np.testing.assert_array_equal(held.train["inputs"][-100:], noisy.train["inputs"][-100:])  # of the meta set none
     assert held.meta == 100 and "true" not in held.test
     with pytest.raises(DataError, match="its labels are wrong already"):
         with_noise(held, "flip2", 0.0, 0, 1)
@@ -206,6 +207,6 @@ def test_real_mnist() -> None:
     mnist = load("mnist", real_data())
     # The counts of LeCun, Cortes & Burges.
     assert np.bincount(mnist.train["labels"]).tolist()[:3] == [5923, 6742, 5958]
-    assert mnist.test["images"].shape == (10_000, 28, 28, 1)
-    np.testing.assert_allclose(mnist.train["images"].mean(), mnist.info.mean[0], rtol=1e-3)
-    np.testing.assert_allclose(mnist.train["images"].std(), mnist.info.std[0], rtol=1e-3)
+    assert mnist.test["inputs"].shape == (10_000, 28, 28, 1)
+    np.testing.assert_allclose(mnist.train["inputs"].mean(), mnist.info.mean[0], rtol=1e-3)
+    np.testing.assert_allclose(mnist.train["inputs"].std(), mnist.info.std[0], rtol=1e-3)

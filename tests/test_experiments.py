@@ -20,7 +20,7 @@ from l2t_jax.runs import setting
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.records import load_arrays
 from l2t_jax.tasks import TASKS, load
-from l2t_jax.tasks.image_classification import DATASETS
+from l2t_jax.tasks.classification import DATASETS
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 ROOT = Path(__file__).parents[1]
@@ -175,7 +175,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
         return dispatch
 
     monkeypatch.setattr(training, "_dispatch", poisoned)
-    spec = TASKS["image_classification"]
+    spec = TASKS["classification"]
 
     def task_with_holes(dataset):
         task = spec.build(dataset)
@@ -189,7 +189,7 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
 
         return task._replace(gather=gather)
 
-    monkeypatch.setitem(TASKS, "image_classification", dataclasses.replace(spec, build=task_with_holes))
+    monkeypatch.setitem(TASKS, "classification", dataclasses.replace(spec, build=task_with_holes))
     workdir = tmp_path / "run"
     arguments = (*SMALL, "--rounds=2", "--seeds=3", "--teacher=adam", "--memory=save")
     assert launch(classification, *arguments, f"--workdir={workdir}") == 1

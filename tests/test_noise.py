@@ -7,7 +7,7 @@ from altered import altered
 from l2t_jax.data import DataError, noise
 from l2t_jax.data.order import Plan
 from l2t_jax.tasks import load
-from l2t_jax.tasks.image_classification import check, image_classification
+from l2t_jax.tasks.classification import check, classification
 
 DIGITS = load("digits")
 
@@ -50,7 +50,7 @@ def test_meta_set_is_clean_balanced_and_last():
     assert 0.33 < noise.wrong_share(noisy) < 0.47  # 0.4 within six standard deviations of 1337 draws
     np.testing.assert_array_equal(noisy.test["labels"], DIGITS.test["labels"])
     # The same examples with the same true labels, in another order.
-    row = lambda d, labels: sorted(zip(map(bytes, d.train["images"]), labels.tolist(), strict=True))  # noqa: E731
+    row = lambda d, labels: sorted(zip(map(bytes, d.train["inputs"]), labels.tolist(), strict=True))  # noqa: E731
     assert row(noisy, noisy.train["true"]) == row(DIGITS, DIGITS.train["labels"])
     again = noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=0)
     assert again.sha256 == noisy.sha256 != noise.with_noise(DIGITS, "flip", 0.4, meta=100, seed=1).sha256
@@ -103,8 +103,8 @@ def test_methods_train_on_the_noisy_part_only():
     assert np.any(validation[:100] != validation[100:200])  # shuffled anew on every pass
     assert plan.rounds_per_epoch == 1337 // 125
 
-    batch = image_classification(noisy).gather(noisy.train, train[:500], None)
+    batch = classification(noisy).gather(noisy.train, train[:500], None)
     np.testing.assert_array_equal(batch.targets, noisy.train["labels"][train[:500]])
     np.testing.assert_array_equal(batch.true, noisy.train["true"][train[:500]])
     assert np.mean(np.asarray(batch.targets) != np.asarray(batch.true)) > 0.3
-    assert image_classification(DIGITS).gather(DIGITS.train, np.arange(3), None).true == ()
+    assert classification(DIGITS).gather(DIGITS.train, np.arange(3), None).true == ()

@@ -20,7 +20,7 @@ from l2t_jax.runs import training
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.training import Run, compile_rounds, some_rounds, train
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks.image_classification import ImageInfo, image_classification
+from l2t_jax.tasks.classification import Classes, classification
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Loss
 from l2t_jax.unroll import inner_objective, outer_objective
@@ -28,8 +28,8 @@ from l2t_jax.unroll import inner_objective, outer_objective
 N, B, V, EXAMPLES = 3, 4, 5, 60
 RNG = np.random.default_rng(0)
 IMAGES, LABELS = RNG.integers(0, 256, (EXAMPLES, 4, 4, 1), np.uint8), RNG.integers(0, 3, EXAMPLES, np.int32)
-PART = {"images": IMAGES, "labels": LABELS}
-DATASET = Dataset("made", PART, PART, ImageInfo(3, (128.0,), (64.0,), augment=True))
+PART = {"inputs": IMAGES, "labels": LABELS}
+DATASET = Dataset("made", PART, PART, Classes(3, (128.0,), (64.0,), augment=True))
 SGD, ADAM = optax.sgd(0.1), optax.adam(1e-3)
 
 
@@ -38,7 +38,7 @@ class Counted:
 
     def __init__(self, second_stage):
         self.task, self.student, self.loss = (
-            image_classification(DATASET),
+            classification(DATASET),
             STUDENTS["mlp"](num_classes=3, width=4),
             LOSSES["dln"](),
         )
@@ -48,7 +48,7 @@ class Counted:
         self.one_round = method.round
         self.execute = compile_rounds(self.method, self.task._replace(gather=self.gather)).call
         self.plan = Plan(50, N, B, V, 0.5, EXAMPLES, STAGES[second_stage])
-        self.data = jax.device_put({"images": IMAGES, "labels": LABELS})
+        self.data = jax.device_put({"inputs": IMAGES, "labels": LABELS})
 
     def round(self, state, batches):
         self.traces += 1

@@ -11,21 +11,21 @@ from altered import altered
 from l2t_jax.data import Dataset
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import evaluate, measure_all
-from l2t_jax.tasks.image_classification import ImageInfo, crop_and_flip, image_classification
+from l2t_jax.tasks.classification import Classes, classification, crop_and_flip
 from l2t_jax.types import Student, Task
 
 RNG = np.random.default_rng(0)
 IMAGES = RNG.integers(1, 256, (37, 6, 5, 3)).astype(np.uint8)  # no zeros: those are padding
 LABELS = RNG.integers(0, 4, 37).astype(np.int32)
 MEAN, STD = (100.0, 120.0, 80.0), (50.0, 60.0, 70.0)
-PART = {"images": IMAGES, "labels": LABELS}
-DATASET = Dataset("made", PART, PART, ImageInfo(4, MEAN, STD, augment=True))
-DATA = {"images": jnp.asarray(IMAGES), "labels": jnp.asarray(LABELS)}
+PART = {"inputs": IMAGES, "labels": LABELS}
+DATASET = Dataset("made", PART, PART, Classes(4, MEAN, STD, augment=True))
+DATA = {"inputs": jnp.asarray(IMAGES), "labels": jnp.asarray(LABELS)}
 
 
 @pytest.fixture(scope="module")
 def task() -> Task:
-    return image_classification(DATASET)
+    return classification(DATASET)
 
 
 @pytest.mark.parametrize("shape", [(4,), (2, 3, 4)])
@@ -91,7 +91,7 @@ def test_padding_is_black_before_normalisation(task: Task) -> None:
 
 
 def test_data_that_ask_for_no_augmentation_get_none() -> None:
-    task = image_classification(altered(DATASET, augment=False))
+    task = classification(altered(DATASET, augment=False))
     plain, keyed = (
         task.gather(DATA, np.arange(5), key).inputs for key in (None, jax.random.split(jax.random.key(0), 5))
     )

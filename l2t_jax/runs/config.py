@@ -35,7 +35,7 @@ class Config:
     settings: Preset
     noise: Noise | None = None  # None: the labels are right
     held_out: float = 0.0  # part of the training examples that is tested on in place of the test set; 0: none
-    task: str = "image_classification"  # of `l2t_jax.tasks.TASKS`
+    task: str = "classification"  # of `l2t_jax.tasks.TASKS`
     student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the builder's defaults
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
 

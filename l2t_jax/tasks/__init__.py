@@ -5,11 +5,11 @@ from pathlib import Path
 
 from l2t_jax.data import DataError, Dataset
 from l2t_jax.inputs import known
+from l2t_jax.tasks.classification import CLASSIFICATION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
-from l2t_jax.tasks.image_classification import IMAGE_CLASSIFICATION
 from l2t_jax.tasks.spec import TaskSpec, settings_for
 
-TASKS: dict[str, TaskSpec] = {"image_classification": IMAGE_CLASSIFICATION}
+TASKS: dict[str, TaskSpec] = {"classification": CLASSIFICATION}
 
 
 def load(
@@ -17,7 +17,7 @@ def load(
     data_dir: str | os.PathLike[str] | None = None,
     download: bool = False,
     *,
-    task: str = "image_classification",
+    task: str = "classification",
 ) -> Dataset:
     """Load and check a data set.
 

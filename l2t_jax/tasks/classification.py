@@ -1,6 +1,6 @@
-"""Image classification: cross entropy as the outer error, accuracy as the metric.
+"""Classification: cross entropy as the outer error, accuracy as the metric. Of images, or of any features.
 
-Legend: B batch, C classes, n examples, H and W height and width in pixels, c channels.
+Legend: B batch, C classes, n examples, H and W height and width in pixels, c channels or features.
 """
 
 import dataclasses
@@ -23,41 +23,41 @@ _PADDING = 4  # pixels on each side before the random crop
 
 
 @dataclasses.dataclass(frozen=True)
-class ImageInfo:
-    """What is known of a set of images in classes. `mean` and `std` are per channel, in raw pixel units."""
+class Classes:
+    """What is known of a set of examples in classes. `mean` and `std` are of the last axis of inputs, in raw units."""
 
     num_classes: int  # C
     mean: tuple[float, ...]
     std: tuple[float, ...]
-    augment: bool  # whether training images are cropped and flipped at random
+    augment: bool = False  # whether training images are cropped and flipped at random
+    names: tuple[str, ...] = ()  # of the classes, where they have any; else they are called 0, 1, ...
 
 
-def image_classification(dataset: Dataset) -> Task:
+def classification(dataset: Dataset) -> Task:
     """Build the task of a data set.
 
     error(z, y) = -log softmax(z)_y and accuracy = [argmax z = y], for each example;
-    an input is (pixel - mean) / std, per channel.
+    an input is (value - mean) / std, per channel or feature.
 
     Args:
-      dataset: gives its `ImageInfo`; its images are not kept.
+      dataset: gives its `Classes`; its images are not kept.
 
     Returns:
-      A task whose `gather(data, indices, keys)` reads {"images": uint8 [n, H, W, c], "labels": int32 [n]} (and, where
-      the labels were corrupted, "true": int32 [n]) at indices of any shape [...] into a batch of inputs
-      [..., H, W, c] float32, targets [...] int32 and, if given, true targets [...]. With
-      keys [...], and where the data set asks for it, every image is cropped and flipped at random, as in He et
-      al. 2016. Its error and metrics raise a ValueError where outputs and targets are none of classes
-      (`losses.check_classes`).
+      A task whose `gather(data, indices, keys)` reads {"inputs": uint8 or float32 [n, ..., c], "labels": int32 [n]}
+      (and, where labels are wrong and the right ones are known, "true": int32 [n]) at indices of any shape [...] into a
+      batch of inputs [..., ..., c] float32, targets [...] int32 and, if given, true targets [...]. With keys [...], and
+      where the data set asks for it, every image is cropped and flipped at random, as in He et al. 2016. Its error and
+      metrics raise a ValueError where outputs and targets are none of classes (`losses.check_classes`).
     """
     info = dataset.info
     mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
 
     def gather(data: PyTree, indices: Array, keys: Key | None) -> Batch:
-        images = data["images"][indices]  # [..., H, W, c]
+        inputs = data["inputs"][indices]
         if keys is not None and info.augment:
-            images = crop_and_flip(images, keys)
+            inputs = crop_and_flip(inputs, keys)
         true = data["true"][indices] if "true" in data else ()
-        return Batch((images.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
+        return Batch((inputs.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
 
     return Task(cross_entropy, _metrics, gather, outputs=info.num_classes, draws=info.augment)
 
@@ -100,30 +100,36 @@ def check(dataset: Dataset) -> None:
       DataError: names the first thing that is wrong.
     """
     name, info = dataset.name, dataset.info
-    require(isinstance(info, ImageInfo), f"{name}: info is a {type(info).__name__}, expected an ImageInfo.")
+    require(isinstance(info, Classes), f"{name}: info is a {type(info).__name__}, expected an Classes.")
     classes = info.num_classes
     require(isinstance(classes, int) and classes >= 2, f"{name}: num_classes={classes}, expected 2 or more.")
     _check_part(f"{name} train", dataset.train, classes)
     _check_part(f"{name} test", dataset.test, classes)
-    shape, test_shape = dataset.train["images"].shape[1:], dataset.test["images"].shape[1:]
-    require(shape == test_shape, f"{name}: train images are {shape} and test images {test_shape}.")
+    shape, test_shape = dataset.train["inputs"].shape[1:], dataset.test["inputs"].shape[1:]
+    require(shape == test_shape, f"{name}: train inputs are {shape} and test inputs {test_shape}.")
+    require(not info.augment or len(shape) == 3, f"{name}: inputs are {shape}: only images [H, W, c] can be cropped.")
     absent = np.setdiff1d(np.arange(classes), dataset.train["labels"])
     require(not absent.size, f"{name}: classes {absent.tolist()} have no training example; all need one.")
     sizes = np.shape(info.mean), np.shape(info.std)
     require(
         sizes == ((shape[-1],),) * 2 and bool(np.all(np.isfinite(info.mean)) and np.all(_positive(info.std))),
-        f"{name}: mean {info.mean} and std {info.std} must have one finite value for each of {shape[-1]} channels, "
-        "and every std must be positive.",
+        f"{name}: mean {info.mean} and std {info.std} must have one finite value for each of {shape[-1]} channels or "
+        "features, and every std must be positive.",
     )
 
 
 def _check_part(part: str, examples: dict[str, np.ndarray], num_classes: int) -> None:
-    missing = {"images", "labels"} - set(examples)
+    missing = {"inputs", "labels"} - set(examples)
     require(not missing, f"{part}: there are no {', '.join(sorted(missing))}.")
-    images = examples["images"]
+    inputs = examples["inputs"]
     require(
-        images.dtype == np.uint8 and images.ndim == 4,
-        f"{part}: images are {images.dtype} {images.shape}, expected non-empty uint8 [n, H, W, c].",
+        inputs.dtype in (np.uint8, np.float32) and inputs.ndim >= 2,
+        f"{part}: inputs are {inputs.dtype} {inputs.shape}, expected uint8 or float32 [n, ..., c].",
+    )
+    finite = np.isfinite(inputs).reshape(len(inputs), -1).all(axis=1)
+    require(
+        bool(finite.all()),
+        f"{part}: the input at index {np.argmin(finite)} is not finite ({np.sum(~finite)} such): leave it out.",
     )
     for field in ("labels", "true"):
         if field not in examples:
@@ -160,10 +166,10 @@ def load_digits(data_dir: Path, download: bool) -> Dataset:
     order = np.random.default_rng(0).permutation(len(labels))
     test = np.zeros(len(labels), bool)
     test[order[np.argsort(labels[order], kind="stable")][::5]] = True
-    train_images = images[~test]
-    mean, std = (float(train_images.mean()),), (float(train_images.std()),)
-    train, held = ({"images": images[part], "labels": labels[part]} for part in (~test, test))
-    return Dataset("digits", train, held, ImageInfo(10, mean, std, augment=False))
+    train_inputs = images[~test]
+    mean, std = (float(train_inputs.mean()),), (float(train_inputs.std()),)
+    train, held = ({"inputs": images[part], "labels": labels[part]} for part in (~test, test))
+    return Dataset("digits", train, held, Classes(10, mean, std, augment=False))
 
 
 def _tfds(
@@ -171,14 +177,14 @@ def _tfds(
 ) -> Callable[[Path, bool], Dataset]:
     def load(data_dir: Path, download: bool) -> Dataset:
         train, test = read_tfds(data_dir, download, name, ("train", "test"), _stack)
-        return Dataset(name, train, test, ImageInfo(num_classes, mean, std, augment))
+        return Dataset(name, train, test, Classes(num_classes, mean, std, augment))
 
     return load
 
 
 def _stack(records: list[dict[str, Any]]) -> dict[str, np.ndarray]:
     labels = np.array([record["label"] for record in records], np.int32)
-    return {"images": np.stack([record["image"] for record in records]), "labels": labels}
+    return {"inputs": np.stack([record["image"] for record in records]), "labels": labels}
 
 
 def _raw(*values: float) -> tuple[float, ...]:
@@ -196,8 +202,8 @@ DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
     "cifar100": _tfds("cifar100", 100, _raw(0.5071, 0.4865, 0.4409), _raw(0.2673, 0.2564, 0.2762), augment=True),
 }
 
-IMAGE_CLASSIFICATION = TaskSpec(
-    build=image_classification,
+CLASSIFICATION = TaskSpec(
+    build=classification,
     datasets=DATASETS,
     check=check,
     strata=lambda dataset: dataset.train["labels"],
