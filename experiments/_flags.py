@@ -4,6 +4,7 @@ import dataclasses
 import datetime
 import sys
 from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any, NoReturn
 
 from absl import flags
@@ -19,9 +20,10 @@ from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.parallel import SHARDS, leave
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks import TASKS, TaskSpec, settings_for
+from l2t_jax.tasks import TASKS, TaskSpec, is_path, settings_for
 from l2t_jax.teachers import TEACHERS, shipped
 
+KINDS_OF_LABELS = ("clean", "noisy")  # which tables have
 CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
     "student_schedule": SCHEDULES,
     "teacher_schedule": SCHEDULES,
@@ -73,7 +75,20 @@ flags.DEFINE_string(
     "dataset",
     None,
     "; ".join(f"{_choices(spec.datasets)} ({name}, default {spec.defaults['dataset']})" for name, spec in TASKS.items())
-    + ". digits needs no download.",
+    + ". digits needs no download. Or the PATH of your own data: a folder of images in class folders (with or without "
+    "train and test), an .npz, or a .csv (l2t_jax/tasks/own.py).",
+)
+flags.DEFINE_string(
+    "labels",
+    None,
+    "FILE of labels that take the place of the training set's own, which are then the true ones: a .csv with a column "
+    "label, an .npy, or an array of an .npz as FILE:NAME.",
+)
+flags.DEFINE_string(
+    "clean",
+    None,
+    "FILE that names the training examples that are known to be right, which then measure the validation error: a .csv "
+    "with a column index, an .npy, or an array of an .npz as FILE:NAME.",
 )
 flags.DEFINE_string(
     "data_dir", None, "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR or ~/tensorflow_datasets."
@@ -220,9 +235,13 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         raise UsageError(f"--held_out={FLAGS.held_out} must lie between 0 and 0.9.")
     if not FLAGS.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
+    if FLAGS.labels == "noisy" and noise is None:
+        raise UsageError("--labels=noisy is of tables that have both: use experiments.noisy_labels, or give a FILE.")
     config = Config(
         task=FLAGS.task,
-        dataset=known("dataset", given("dataset"), of_task.datasets),
+        dataset=_dataset(given("dataset"), of_task),
+        labels=given_labels(),
+        clean=FLAGS.clean,
         student=known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(),
         methods=methods,
@@ -240,7 +259,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
     options = Options(
         data_dir=FLAGS.data_dir,
         download=FLAGS.download,
-        workdir=FLAGS.workdir or f"runs/{experiment}_{config.dataset}_{time}",
+        workdir=FLAGS.workdir or f"runs/{experiment}_{Path(config.dataset).stem}_{time}",
         resume=FLAGS.resume,
         checkpoint_seconds=FLAGS.checkpoint_seconds,
         tensorboard=FLAGS.tensorboard,
@@ -319,6 +338,17 @@ def given(flag: str) -> str:
     value: str | None = FLAGS[flag].value
     default: str = spec().defaults[flag]
     return default if value is None else value
+
+
+def _dataset(name: str, of_task: TaskSpec) -> str:
+    if of_task.open is not None and is_path(name, of_task):
+        return name
+    return known("dataset", name, of_task.datasets)
+
+
+def given_labels() -> str | None:
+    """The file of --labels; where that says only of which kind labels are, there is none."""
+    return None if FLAGS.labels in KINDS_OF_LABELS else FLAGS.labels
 
 
 def _student_knobs() -> dict[str, Any]:

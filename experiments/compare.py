@@ -18,11 +18,11 @@ from absl import flags
 
 from experiments import _flags, _groups, _noise, _table_flag
 from experiments._command import command, start
-from experiments._noise import LABELS
+from experiments._flags import KINDS_OF_LABELS
 from l2t_jax.methods import method_names
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, run_cells
-from l2t_jax.runs.config import Config, Noise, Options
+from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.published import PUBLISHED, Group
 from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.reporting import plot_curves
@@ -47,7 +47,11 @@ FEATURED = (  # curves in a picture of all methods, which would be a tangle
 def _prepare() -> Noise | None:
     """Defaults of this module where shared flags were not given, and the noise of the table."""
     _groups.refuse_single()
-    chosen = _table_flag.table(LABELS, "clean")
+    chosen = _table_flag.table(KINDS_OF_LABELS, "clean")
+    if _flags.given_labels() is not None:
+        if FLAGS.table is not None:
+            raise UsageError(f"--table={FLAGS.table} and --labels both say what labels there are: give one of them.")
+        chosen = "given"
     methods = ",".join(method_names(classes=_flags.spec().classes))
     _flags.set_defaults(preset="residual", method=methods, seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
@@ -60,7 +64,7 @@ def fill(config: Config, options: Options) -> int:
         records, failed = run_cells(cells(group), options, load)
         _plot(root, group_of(group), next(iter(records.values())))
         code |= failed
-    title = f"{'clean' if config.noise is None else 'noisy'} labels"
+    title = f"{'noisy' if config.noise else 'given' if config.labels else 'clean'} labels"
     found = table(list(records_in(root).values()), title)
     rows = {row.name: row for section in found.sections for row in section.rows}
     tables.draw(root / "table.png", found.sections, sorted(rows, key=lambda name: _place(rows[name])), title)

@@ -40,7 +40,7 @@ for module in (_labels, _flags, _noise):
 def _prepare() -> Noise | None:
     refuse("preset", "one of several here: give --presets.")
     refuse("method", "l2t_dln here, whose parts are looked at: leave it out.")
-    _flags.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{FLAGS.labels}")
+    _flags.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{_labels.kind()}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 leaves no examples that no run has seen: hold out a part of training.")
     return _labels.noise()
@@ -57,7 +57,7 @@ def study(config: Config, options: Options) -> int:
         online = [entry for entry in entries if entry.teacher_of is None]
         code |= run_entries(setting, online, instruments=_instruments)
         rows += [row | {"method": name} for row in Metrics.read(root / name / "observations.jsonl")]
-    draw(root, rows, f"{config.dataset}, {config.student}, {FLAGS.labels} labels")
+    draw(root, rows, f"{config.dataset}, {config.student}, {_labels.kind()} labels")
     print(f"Files: {root} ({', '.join(f'{name}.png' for name in PICTURES)}, position.png, a run for each preset)")
     return code
 

@@ -35,7 +35,7 @@ def _prepare() -> Noise | None:
     _groups.refuse_single()
     for name in ("method", "teacher"):
         refuse(name, "what the table goes over: leave it out.")
-    _flags.set_defaults(seeds="5", workdir=f"runs/transfer_{FLAGS.labels}")
+    _flags.set_defaults(seeds="5", workdir=f"runs/transfer_{_labels.kind()}")
     return _labels.noise()
 
 

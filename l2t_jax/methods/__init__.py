@@ -26,12 +26,12 @@ DLF_TEACHER_LR = 0.01  # the demo's
 
 
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
-    settings = parts.settings
+    settings, teacher = parts.settings, parts.teacher
     method = l2t_dln(
         parts.student,
         parts.task,
         taught_loss(parts),
-        build_teacher(**teacher_arguments(parts.teacher, parts.settings)),
+        teacher if isinstance(teacher, Teacher) else build_teacher(**teacher_arguments(teacher, settings)),
         parts.optimizer,
         build_teacher_optimizer(settings, parts.plan.rounds),
         second_stage=settings.second_stage,

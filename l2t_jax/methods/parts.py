@@ -11,7 +11,7 @@ from l2t_jax.data.order import Plan
 from l2t_jax.inputs import known
 from l2t_jax.losses import LOSSES, build_loss, check_loss
 from l2t_jax.presets import Preset
-from l2t_jax.types import How, Loss, Student, Task
+from l2t_jax.types import How, Loss, Student, Task, Teacher
 
 SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # first rate, steps -> the rate of each step
     "constant": lambda rate, steps: rate,
@@ -26,10 +26,10 @@ class Parts(NamedTuple):
     """
 
     settings: Preset
-    teacher: str  # of `TEACHERS`
+    teacher: str | Teacher  # of `TEACHERS`
     student: Student
     task: Task
-    loss: str  # of `LOSSES`: what L2T-DLN teaches
+    loss: str | Loss  # what L2T-DLN teaches, of `LOSSES`
     baseline: str  # of `LOSSES`: the task's fixed loss
     optimizer: optax.GradientTransformation  # the student's
     plan: Plan  # rounds of a student's life, stages S and unroll length N, as L2T-DLN reads them
@@ -91,6 +91,10 @@ def build_teacher_optimizer(settings: Preset, rounds: int) -> optax.GradientTran
 
 def taught_loss(parts: Parts) -> Loss:
     """The loss that L2T-DLN teaches: the DLN that settings describe, or what the task has in its place."""
+    if isinstance(parts.loss, Loss):
+        if is_of_classes(parts.loss):
+            check_loss(parts.loss, parts.classes, "loss")
+        return parts.loss
     knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
     return sound("l2t_dln", parts.loss, parts, **knobs)
 

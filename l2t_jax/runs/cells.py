@@ -82,7 +82,8 @@ def record_path(root: Path, name: str) -> Path:
 def group_of(config: Config) -> str:
     """A short name of what the cells of one part of the table share."""
     noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
-    return cell_name(config.dataset, config.student + noise)
+    given = "" if config.labels is None else Path(config.labels.replace(":", "_")).stem
+    return cell_name(Path(config.dataset).stem, config.student + noise, given)
 
 
 def cell_name(*parts: object) -> str:

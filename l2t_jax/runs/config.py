@@ -37,6 +37,8 @@ class Config:
     held_out: float = 0.0  # part of the training examples that is tested on in place of the test set; 0: none
     task: str = "classification"  # of `l2t_jax.tasks.TASKS`
     student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the builder's defaults
+    labels: str | None = None  # a file of labels in place of the set's own
+    clean: str | None = None  # a file that names the training examples that are known to be right
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
 
 
@@ -44,16 +46,16 @@ class Config:
 class Options:
     """Values that decide no result."""
 
-    data_dir: str | None
-    download: bool
     workdir: str
-    resume: bool
-    checkpoint_seconds: float
-    tensorboard: bool
-    seeds_at_once: int | None
-    devices: int
-    shard: str
-    coordinator: str | None
-    num_processes: int | None
-    process_id: int | None
-    teacher_from: str | None  # a run directory; the record holds the digests of its teachers
+    data_dir: str | None = None
+    download: bool = False
+    resume: bool = False
+    checkpoint_seconds: float = 20.0
+    tensorboard: bool = False
+    seeds_at_once: int | None = None
+    devices: int = 1
+    shard: str = "batch"
+    coordinator: str | None = None
+    num_processes: int | None = None
+    process_id: int | None = None
+    teacher_from: str | None = None  # a run directory; the record holds the digests of its teachers

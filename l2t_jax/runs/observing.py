@@ -3,6 +3,9 @@
 Legend: E examples looked at, C classes.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -30,9 +33,7 @@ class Observer:
         data = jax.device_put(dataset.train)
         kept = dataset.examples - dataset.meta
         batch = task.gather(data, jnp.arange(min(EXAMPLES, kept)), None)
-        # Without a meta set the validation batch is corrupted too: any examples of the same kind.
-        held = setting.parts.plan.validation_batch_size
-        validation = task.gather(data, jnp.arange(dataset.examples - held, dataset.examples), None)
+        validation = task.gather(data, validation_examples(setting), None)
 
         def look(state: MethodState, batch: Batch, validation: Batch) -> dict[str, Array]:
             outputs, _ = student.apply(state.student.variables, batch.inputs, False)
@@ -49,16 +50,26 @@ class Observer:
                 observed["wrong_pull"] = jnp.sum(pulls * wrong[: len(pulls)]) / jnp.sum(pulls)
             return observed
 
-        axis = setting.layout.axis_name
-        if axis is not None:  # of one device: there a method's means over the devices are means over one
-            look = jax.vmap(look, in_axes=None, axis_size=1, axis_name=axis)
-        self._look = jax.jit(lambda state: look(state, batch, validation))
+        seen = alone(setting, look)
+        self._look = jax.jit(lambda state: seen(state, batch, validation))
         self._steps_per_round = setting.parts.plan.of(method.stages).unroll_length * method.steps_per_round
 
     def __call__(self, seed: int, done: int, state: PyTree) -> dict[str, float]:
         """Observe the state after so many rounds."""
         values = {name: float(np.ravel(value)[0]) for name, value in self._look(state).items()}
         return {"student_steps": done * self._steps_per_round, **values}
+
+
+def validation_examples(setting: Setting) -> Array:
+    """Examples that stand for a validation batch: the meta set's; without one they are as wrong as the others."""
+    n = setting.dataset.examples
+    return jnp.arange(n - setting.parts.plan.validation_batch_size, n)
+
+
+def alone(setting: Setting, look: Callable[..., Any]) -> Callable[..., Any]:
+    """What looks at a state, on one device: there a method's means over the devices are means over one."""
+    axis = setting.layout.axis_name
+    return look if axis is None else jax.vmap(look, in_axes=None, axis_size=1, axis_name=axis)
 
 
 def _pulls(method: Method, state: MethodState, batch: Batch, validation: Batch) -> Array:

@@ -15,14 +15,16 @@ from rich.console import Console
 from rich.table import Table
 
 from l2t_jax.losses.dln import Layer, surface
-from l2t_jax.runs import plots
+from l2t_jax.runs import examples, finals, plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.runs.setting import Entry, Setting
 from l2t_jax.runs.training import Outcome
+from l2t_jax.tasks import TASKS
 from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.types import PyTree
 
 SURFACE_POINTS = 41
+SUSPECTS = 0.1  # share of the examples of which it is said how many labels are wrong among the least trusted
 OBSERVED = {  # see `l2t_jax.runs.observing`
     "memorised": "wrong labels learned, share",
     "recovered": "wrong labels seen through, share",
@@ -33,17 +35,49 @@ Outcomes = dict[tuple[str, int], Outcome | str]  # a string where a run could no
 
 
 def report(
-    setting: Setting, entries: list[Entry], outcomes: Outcomes, directory: RunDirectory, *, alone: bool = True
-) -> None:
-    """Write summary.json, a record that stands for itself: results and what config.json holds.
+    setting: Setting,
+    entries: list[Entry],
+    outcomes: Outcomes,
+    directory: RunDirectory,
+    *,
+    alone: bool = True,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Write summary.json, a record that stands for itself: results and what config.json holds; returns what it holds.
 
-    The test set is read here. Where the run stands alone, and is no cell of a table, it is plotted and printed too.
+    The test set is read here. Where the run stands alone, and is no cell of a table, it is plotted, printed unless it
+    is to be quiet, and what it learned is left in files.
     """
     summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
+    if alone:
+        _leave(setting, entries, outcomes, directory.path, summary)
     write_json(directory.path / "summary.json", summary)
     if alone:
         draw(summary, directory.path, directory.plots_dir)
+    if alone and not quiet:
         _print(summary, setting.options.workdir)
+    return summary
+
+
+def _leave(setting: Setting, entries: list[Entry], outcomes: Outcomes, path: Path, summary: dict[str, Any]) -> None:
+    """What was learned leaves with the run: final students, losses and teachers, a row for each training example."""
+    finished = {
+        key: outcome for key, outcome in outcomes.items() if isinstance(outcome, Outcome) and not reason(outcome)
+    }
+    states = {key: outcome.state for key, outcome in finished.items()}
+    finals.write(path, setting, states)
+    labels = setting.dataset.train.get("labels")
+    if not TASKS[setting.config.task].classes or np.ndim(labels) != 1:
+        return
+    found = {}
+    for entry in entries:
+        if mine := [state for (name, _), state in states.items() if name == entry.name]:
+            found[entry.name] = examples.describe(setting, entry, mine)
+    examples.write(path / "examples.csv", setting.dataset, found)
+    if "true" in setting.dataset.train:
+        for name, rows in found.items():
+            precision = examples.precision_among(rows, SUSPECTS)
+            summary["methods"][name]["suspects"] = {"share": SUSPECTS, "precision": precision}
 
 
 def reason(outcome: Outcome | str) -> str | None:
@@ -228,7 +262,7 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
                 f"{name}, seed {failed['seed']} did not finish: {failed['reason']}", highlight=False, soft_wrap=True
             )
     console.print(
-        f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, checkpoints/)",
+        f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, final/, checkpoints/)",
         highlight=False,
         soft_wrap=True,
     )

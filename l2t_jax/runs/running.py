@@ -82,6 +82,19 @@ def run_entries(
     alone: bool = True,
     instruments: Callable[[Setting, Entry], Instrument | None] = watch_labels,
 ) -> int:
+    """`train_entries`, for a command. Returns the exit code: 0, or 1 where any seed of any entry stopped early."""
+    outcomes, _ = train_entries(setting, entries, alone=alone, instruments=instruments)
+    return int(any(reason(outcome) for outcome in outcomes.values()))
+
+
+def train_entries(
+    setting: Setting,
+    entries: list[Entry],
+    *,
+    alone: bool = True,
+    quiet: bool = False,
+    instruments: Callable[[Setting, Entry], Instrument | None] = watch_labels,
+) -> tuple[Outcomes, dict[str, Any]]:
     """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
 
     summary.json is a record that stands for itself: results, and what config.json holds.
@@ -89,9 +102,10 @@ def run_entries(
     Args:
       setting, entries: of `build_setting`.
       alone: False where this is a cell of a table, which has plots and tables of its own.
+      quiet: nothing is printed.
       instruments: what looks at the states of an entry while it is trained.
     Returns:
-      the exit code: 0, or 1 where any seed of any entry stopped early.
+      how each seed of each entry ended, and what summary.json holds ({} in a process that is not the leader).
     Raises:
       StoppedError: SIGINT or SIGTERM was received; all that was computed is saved.
     """
@@ -113,15 +127,15 @@ def run_entries(
     rounds = {(entry.name, seed): setting.rounds_of(entry) for entry in entries for seed in config.seeds}
     outcomes: Outcomes = {}
     at_once = min(setting.layout.runs, len(config.seeds))
-    progress = RunProgress(rounds, at_once=at_once, quiet=directory is None)
+    progress = RunProgress(rounds, at_once=at_once, quiet=quiet or directory is None)
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for entry in entries:
             watched = instruments(setting, entry) if directory is not None else None
             outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
-    if directory is not None:
-        report(setting, entries, outcomes, directory, alone=alone)
-    return int(any(reason(outcome) for outcome in outcomes.values()))
+    if directory is None:
+        return outcomes, {}
+    return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet)
 
 
 @contextlib.contextmanager

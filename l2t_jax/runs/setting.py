@@ -3,8 +3,9 @@
 import dataclasses
 import inspect
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import NamedTuple
 
 import jax
@@ -12,6 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from l2t_jax.data import Dataset, at, hold_out
+from l2t_jax.data.files import read_clean, read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
 from l2t_jax.knobs import knobs_of
@@ -25,7 +27,8 @@ from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load
-from l2t_jax.types import Array, Batch, How, Key, Method, PyTree, Student, Task
+from l2t_jax.tasks.own import with_clean, with_labels
+from l2t_jax.types import Array, Batch, How, Key, Loss, Method, PyTree, Student, Task, Teacher
 
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
 
@@ -37,6 +40,16 @@ class Entry(NamedTuple):
     method: Method
     teacher_of: str | None = None
     lives: int = 1  # of so many rounds as the run has for every student; the last one is judged
+
+
+class Own(NamedTuple):
+    """Objects of a caller's own in place of what a config names."""
+
+    student: Student | None = None
+    optimizer: optax.GradientTransformation | None = None
+    loss: str | Loss | None = None  # what L2T-DLN teaches
+    teacher: Teacher | None = None
+    methods: Mapping[str, Callable[[Parts, bool], Method]] = MappingProxyType({})
 
 
 class Setting(NamedTuple):
@@ -54,8 +67,18 @@ class Setting(NamedTuple):
         return self.parts.plan.rounds * entry.lives
 
 
-def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[Setting, list[Entry]]:
-    """All that the flags describe, checked as far as it can be before anything is computed.
+NOTHING = Own()
+
+
+def build_setting(
+    config: Config, options: Options, dataset: Dataset, own: Own = NOTHING
+) -> tuple[Setting, list[Entry]]:
+    """All that a config describes, checked as far as it can be before anything is computed.
+
+    Args:
+      config, options: of the run.
+      dataset: of `prepare`.
+      own: objects that take the place of what the config names.
 
     Raises:
       UsageError, ParallelError: something does not fit; one line says what.
@@ -66,17 +89,17 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
     spec = TASKS[config.task]
     task = spec.build(dataset)
     inputs = example_inputs(task, dataset)
-    student = build_student(config, task, inputs, layout.axis_name)
+    student = own.student or build_student(config, task, inputs, layout.axis_name)
     if student.draws:
         task = with_keys(task)
     plan = build_plan(config, dataset)
-    optimizer = build_optimizer(config.settings, plan.rounds * plan.stages * plan.unroll_length)
+    optimizer = own.optimizer or build_optimizer(config.settings, plan.rounds * plan.stages * plan.unroll_length)
     parts = Parts(
         settings=config.settings,
-        teacher=config.teacher,
+        teacher=own.teacher or config.teacher,
         student=student,
         task=task,
-        loss=spec.loss,
+        loss=own.loss or spec.loss,
         baseline=spec.baseline,
         knobs=config.knobs,
         optimizer=optimizer,
@@ -85,10 +108,15 @@ def build_setting(config: Config, options: Options, dataset: Dataset) -> tuple[S
         how=How(memory=config.memory, at_once=layout.seeds, check_gradient=True),
     )
     setting = Setting(config, options, dataset, layout, parts, inputs)
-    return setting, build_entries(config.methods, parts, options.teacher_from is not None)
+    return setting, build_entries(config.methods, parts, options.teacher_from is not None, own.methods)
 
 
-def build_entries(methods: Sequence[str], parts: Parts, elsewhere: bool = False) -> list[Entry]:
+def build_entries(
+    methods: Sequence[str],
+    parts: Parts,
+    elsewhere: bool = False,
+    builders: Mapping[str, Callable[[Parts, bool], Method]] = NOTHING.methods,
+) -> list[Entry]:
     """The rows of the table, in the order of the methods' names.
 
     A method with a teacher gives two, one for each protocol; only the transfer, where its teacher is from elsewhere.
@@ -99,6 +127,9 @@ def build_entries(methods: Sequence[str], parts: Parts, elsewhere: bool = False)
     entries = []
     for name in methods:
         try:
+            if name in builders:
+                entries.append(Entry(name, builders[name](parts, True)))
+                continue
             if name not in TAUGHT or not elsewhere:
                 lives = parts.settings.lives if name == "l2t_dln" else 1
                 entries.append(Entry(name, build_method(name, parts), lives=lives))
@@ -154,13 +185,17 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
 
 
 def prepare(config: Config, options: Options) -> Dataset:
-    """Load a config's data set, hold a part out, make labels wrong.
+    """Load a config's data set, put other labels and a clean part in place, hold a part out, make labels wrong.
 
     Raises:
       DataError: it is not there, or cannot be divided or corrupted as asked.
     """
     spec = TASKS[config.task]
     dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
+    if config.labels is not None:
+        dataset = with_labels(dataset, read_labels(config.labels))
+    if config.clean is not None:
+        dataset = with_clean(dataset, read_clean(config.clean))
     dataset = hold_out(dataset, config.held_out, strata=spec.strata and spec.strata(dataset))
     noise = config.noise
     if noise is None:

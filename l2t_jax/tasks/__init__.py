@@ -1,15 +1,22 @@
 """Tasks by name: what is learned, from which data, and how a student is scored. A new task is one file and one line."""
 
+import dataclasses
 import os
 from pathlib import Path
 
 from l2t_jax.data import DataError, Dataset
 from l2t_jax.inputs import known
+from l2t_jax.tasks import own
 from l2t_jax.tasks.classification import CLASSIFICATION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
 from l2t_jax.tasks.spec import TaskSpec, settings_for
 
-TASKS: dict[str, TaskSpec] = {"classification": CLASSIFICATION}
+TASKS: dict[str, TaskSpec] = {"classification": dataclasses.replace(CLASSIFICATION, open=own.open_path)}
+
+
+def is_path(name: str, spec: TaskSpec) -> bool:
+    """Whether a data set is named by a path: it is no known name, and has a slash or an ending, or is there."""
+    return name not in spec.datasets and ("/" in name or Path(name).suffix != "" or Path(name).expanduser().exists())
 
 
 def load(
@@ -22,7 +29,7 @@ def load(
     """Load and check a data set.
 
     Args:
-      name: one of the task's `datasets`.
+      name: one of the task's `datasets`, or the path of your own data, see `is_path`.
       data_dir: where prepared TFDS data lie; by default the environment's TFDS_DATA_DIR, else ~/tensorflow_datasets.
       download: whether to download and prepare data that are missing, which needs TensorFlow and a network.
       task: one of `TASKS`.
@@ -32,6 +39,8 @@ def load(
       DataError: a name is unknown, or the data are missing, unreadable or not valid.
     """
     spec = TASKS[known(f"task {task!r}", task, TASKS, DataError)]
+    if spec.open is not None and is_path(name, spec):
+        return spec.open(Path(name).expanduser())
     build = spec.datasets[known(f"data set {name!r}", name, spec.datasets, DataError)]
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     dataset = build(Path(data_dir or default).expanduser(), download)
@@ -39,4 +48,4 @@ def load(
     return dataset
 
 
-__all__ = ["TASKS", "TaskSpec", "evaluate", "load", "measure_all", "settings_for"]
+__all__ = ["TASKS", "TaskSpec", "evaluate", "is_path", "load", "measure_all", "settings_for"]

@@ -1,0 +1,189 @@
+"""Training from Python: one call, and what it returns.
+
+from l2t_jax import from_arrays, train
+data = from_arrays(x, y, test=(x_test, y_test), clean=(x_clean, y_clean))
+result = train("l2t_dln", data, student="mlp", rounds=200, seeds=3)
+result.score, result.predict(x), result.loss, result.examples
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from l2t_jax.data import Dataset
+from l2t_jax.inputs import known
+from l2t_jax.losses import LOSSES
+from l2t_jax.memory import MEMORY_MODES
+from l2t_jax.methods import method_names
+from l2t_jax.methods.parts import Parts
+from l2t_jax.presets import PRESETS, Preset
+from l2t_jax.runs import examples, finals
+from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.runs.reporting import reason
+from l2t_jax.runs.running import train_entries
+from l2t_jax.runs.setting import Entry, Own, Setting, build_setting
+from l2t_jax.runs.training import Outcome
+from l2t_jax.students import STUDENTS
+from l2t_jax.tasks import TASKS, load, settings_for
+from l2t_jax.teachers import TEACHERS
+from l2t_jax.types import Array, Loss, Method, MethodState, Student, Teacher
+
+OBJECT = "own"  # the name in records of what is given as an object
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Result:
+    """What a run of a method has learned. Of a method with a teacher, the student that grew up with it."""
+
+    score: float | None  # of the test set, in the task's metric: the mean over the seeds that finished; None: none did
+    scores: list[float | None]  # of each seed
+    summary: dict[str, Any]  # all that summary.json holds, rows of other entries too (L2T-DLN's transfer)
+    directory: Path  # with all files of the run
+    setting: Setting
+    entry: Entry
+    states: list[MethodState]  # of the seeds that finished
+
+    def probabilities(self, x: Any) -> np.ndarray:
+        """What the students say of inputs [n, ...], raw as those they were trained on: means over seeds [n, C]."""
+        self._require()
+        parts, dataset = self.setting.parts, self.setting.dataset
+        inputs = np.asarray(x)
+        expected = dataset.train["inputs"].shape[1:]
+        if inputs.shape[1:] != expected and (*inputs.shape[1:], 1) == expected:
+            inputs = inputs[..., None]
+        if inputs.shape[1:] != expected:
+            raise ValueError(f"inputs are {list(inputs.shape)}: expected [n, {', '.join(map(str, expected))}].")
+        data = {"inputs": inputs, "labels": np.zeros(len(inputs), np.int32)}
+        batch = parts.task.gather(data, jnp.arange(len(inputs)), None)
+        each = [jax.nn.softmax(parts.student.apply(s.student.variables, batch.inputs, False)[0]) for s in self.states]
+        return np.mean([np.asarray(one) for one in each], axis=0)
+
+    def predict(self, x: Any) -> np.ndarray:
+        """The class of each input [n], by the name that labels have."""
+        info = self.setting.dataset.info
+        return np.asarray(info.names or np.arange(info.num_classes))[self.probabilities(x).argmax(1)]
+
+    @property
+    def loss(self) -> Callable[[Array, Array], Array]:
+        """The loss of the first seed as it ended: (outputs [B, C], targets [B]) -> losses [B].
+
+        Raises:
+          ValueError: the method has no loss by itself: it weighs examples.
+        """
+        self._require()
+        described = finals.loss_of(self.entry.name, self.setting.parts)
+        own = self.setting.parts.loss
+        if isinstance(own, Loss) and self.entry.name == "l2t_dln":
+            loss: Loss = own
+        elif described is None:
+            raise ValueError(f"{self.entry.name} has no loss by itself: it weighs examples, see result.examples.pull.")
+        else:
+            loss = finals.build(described, self.setting.parts.classes)
+        learned = loss.init(jax.random.key(0)) if loss.learned == "no" else self.states[0].loss
+        params = loss.at(learned, jnp.float32(1))
+        return lambda outputs, targets: loss.apply(params, outputs, targets)
+
+    @property
+    def examples(self) -> examples.Examples:
+        """A row for each training example: its label, what the students say of it, how strongly it pulls."""
+        self._require()
+        return examples.describe(self.setting, self.entry, self.states)
+
+    def _require(self) -> None:
+        if not self.states:
+            raise ValueError(f"no seed finished: {self.summary['methods'][self.entry.name]['failed'][0]['reason']}.")
+
+
+def train(
+    method: str | Callable[[Parts, bool], Method],
+    data: Dataset | str,
+    *,
+    student: str | Student = "mlp",
+    loss: str | Loss | None = None,
+    optimizer: optax.GradientTransformation | None = None,
+    teacher: str | Teacher = "lstm",
+    preset: str = "stable",
+    rounds: int | None = None,
+    seeds: int | Sequence[int] = 3,
+    memory: str = "auto",
+    task: str = "classification",
+    student_knobs: dict[str, Any] | None = None,
+    workdir: str | Path | None = None,
+    resume: bool = False,
+    **settings: Any,
+) -> Result:
+    """Train a method on a data set, for some seeds, and score it on the test set once.
+
+    Args:
+      method: a name of `methods.method_names`, or (parts, whether the teacher learns) -> `Method`, as in METHODS.
+      data: a data set, a name, or a path (`tasks.load`).
+      student: a name of STUDENTS, or a `Student`.
+      loss: what L2T-DLN teaches in place of its DLN: a name of LOSSES or a `Loss`.
+      optimizer: the student's, any optax transformation; by default what the settings say.
+      teacher: a name of TEACHERS or a `Teacher`, of L2T-DLN.
+      preset: a column of the sheet in `l2t_jax.presets`.
+      rounds: by default as many as the preset's epochs have.
+      seeds: how many, or which.
+      memory: mode of the hypergradient.
+      task: a name of TASKS.
+      student_knobs: keywords of the student's builder, e.g. {"width": 64}.
+      workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
+      resume: go on with the run that is there.
+      **settings: rows of the sheet, e.g. student_lr=0.1, unroll_length=10, and validation_ratio.
+    Returns:
+      a `Result`.
+    Raises:
+      ValueError: a name is unknown, a value is out of range, or something does not fit; one line says what.
+    """
+    spec = TASKS[known(f"task {task!r}", task, TASKS, UsageError)]
+    column = settings_for(spec, PRESETS[known(f"preset {preset!r}", preset, PRESETS, UsageError)])
+    rows = [field.name for field in dataclasses.fields(Preset)]
+    for row in settings:
+        known(f"setting {row!r}", row, rows, UsageError)
+    dataset = load(data, task=task) if isinstance(data, str) else data
+    numbers = tuple(range(seeds)) if isinstance(seeds, int) else tuple(seeds)
+    if not numbers:
+        raise UsageError(f"seeds={seeds!r} are none: give a count of at least 1, or a list.")
+    name = known(f"method {method!r}", method, method_names(), UsageError) if isinstance(method, str) else OBJECT
+    if isinstance(loss, str):
+        known(f"loss {loss!r}", loss, LOSSES, UsageError)
+    config = Config(
+        dataset=dataset.name,
+        student=_named("student", student, STUDENTS),
+        methods=(name,),
+        preset=preset,
+        teacher=_named("teacher", teacher, TEACHERS),
+        rounds=rounds,
+        memory=known(f"memory mode {memory!r}", memory, MEMORY_MODES, UsageError),
+        seeds=numbers,
+        settings=dataclasses.replace(column, **settings),
+        task=task,
+        student_knobs=dict(student_knobs or {}),
+    )
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    options = Options(workdir=str(workdir or f"runs/train_{name}_{Path(dataset.name).stem}_{stamp}"), resume=resume)
+    own = Own(
+        student=student if isinstance(student, Student) else None,
+        optimizer=optimizer,
+        loss=loss,
+        teacher=teacher if isinstance(teacher, Teacher) else None,
+        methods={} if isinstance(method, str) else {OBJECT: method},
+    )
+    setting, entries = build_setting(config, options, dataset, own)
+    outcomes, summary = train_entries(setting, entries, alone=True, quiet=True)
+    entry = entries[0]
+    finished = [outcomes[(entry.name, seed)] for seed in numbers]
+    states = [outcome.state for outcome in finished if isinstance(outcome, Outcome) and not reason(outcome)]
+    score = summary["methods"][entry.name]["score"]
+    return Result(score["mean"], score["per_seed"], summary, Path(options.workdir), setting, entry, states)
+
+
+def _named(what: str, given: Any, names: dict[str, Any]) -> str:
+    return known(f"{what} {given!r}", given, names, UsageError) if isinstance(given, str) else OBJECT

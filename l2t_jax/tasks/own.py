@@ -1,0 +1,333 @@
+"""A user's own data as a data set in classes: arrays, an .npz, a .csv, a folder of images.
+
+Legend: n training examples, F features, H and W height and width in pixels, c channels, C classes.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from l2t_jax.data import DataError, Dataset, at, hold_out, require
+from l2t_jax.data.files import column_of, image_files, in_a_line, number_in, read_arrays, read_csv, read_images
+from l2t_jax.tasks.classification import Classes, check
+
+HELD_OUT = 0.2  # of the examples of each class, where no test set is given
+# Names of the arrays of an .npz: training inputs and labels, test inputs and labels.
+ARRAYS = (
+    ("x_train", "y_train", "x_test", "y_test"),
+    ("train_images", "train_labels", "test_images", "test_labels"),
+    ("x", "y", "x_test", "y_test"),
+    ("X", "y", "X_test", "y_test"),
+    ("inputs", "labels", "test_inputs", "test_labels"),
+    ("images", "labels", "test_images", "test_labels"),
+    ("data", "target", "test_data", "test_target"),
+)
+LABEL, FILE, SPLIT, TRUE = ("label", "class", "target", "y"), ("file", "path", "image", "filename"), "split", "true"
+
+
+def from_arrays(
+    x: Any,
+    y: Any,
+    *,
+    test: tuple[Any, Any] | None = None,
+    clean: tuple[Any, Any] | Sequence[int] | np.ndarray | None = None,
+    true: Any = None,
+    name: str = "arrays",
+) -> Dataset:
+    """A data set of your own arrays.
+
+    Classes are the labels that occur in training, in order; whatever they are called, a student is trained with their
+    places 0 to C - 1. Images are uint8 or floats, [n, H, W] or [n, H, W, c]; features [n, F] any numbers. Both are
+    normalised by the mean and the standard deviation of the training examples, per channel or feature.
+
+    Args:
+      x: inputs [n, F], [n, H, W] or [n, H, W, c].
+      y: labels [n]: numbers or names.
+      test: inputs and labels to test on, once; by default a fifth of each class, always the same.
+      clean: (inputs, labels) known to be right, or which of the training examples are (indices, or bools [n]): they
+        measure the validation error and are not trained on. By default the examples are divided.
+      true: right labels [n], where they are known: only for records.
+      name: of the data set.
+    Raises:
+      DataError: one line says what does not fit.
+    """
+    train_x, given = _inputs(x, f"{name}: inputs"), _labels(y, f"{name}: labels")
+    _same_length(name, train_x, given)
+    parts = {"train": given}
+    if test is not None:
+        test_x, parts["test"] = _inputs(test[0], f"{name}: test inputs"), _labels(test[1], f"{name}: test labels")
+        _same_length(f"{name} test", test_x, parts["test"])
+    apart = isinstance(clean, tuple)
+    if isinstance(clean, tuple):
+        require(len(clean) == 2, f"{name}: clean has {len(clean)} parts, expected (inputs, labels), or indices.")
+        clean_x, parts["clean"] = _inputs(clean[0], f"{name}: clean inputs"), _labels(clean[1], f"{name}: clean labels")
+        _same_length(f"{name} clean", clean_x, parts["clean"])
+        require(
+            clean_x.shape[1:] == train_x.shape[1:],
+            f"{name}: clean inputs are {clean_x.shape[1:]} and the others {train_x.shape[1:]}.",
+        )
+    if true is not None:
+        parts["true"] = _labels(true, f"{name}: true labels")
+        require(
+            len(parts["true"]) == len(given), f"{name}: {len(parts['true'])} true labels beside {len(given)} labels."
+        )
+    values, encoded = _encoded(name, parts)
+    train = {"inputs": train_x, "labels": encoded["train"]}
+    if true is not None:
+        train["true"] = encoded["true"]
+    if apart:
+        extra = {"inputs": clean_x.astype(train_x.dtype), "labels": encoded["clean"]}
+        extra |= {"true": encoded["clean"]} if true is not None else {}
+        train = {leaf: np.concatenate([train[leaf], extra[leaf]]) for leaf in train}
+    mean, std = _moments(train["inputs"])
+    numbered = [str(place) for place in range(len(values))]
+    info = Classes(len(values), mean, std, names=() if values == numbered else tuple(values))
+    if test is None:
+        dataset = Dataset(name, train, at(train, slice(1)), info, meta=len(encoded["clean"]) if apart else 0)
+        dataset = hold_out(dataset, HELD_OUT, strata=train["labels"])
+    else:
+        held = {"inputs": test_x.astype(train_x.dtype), "labels": encoded["test"]}
+        dataset = Dataset(name, train, held, info, meta=len(encoded["clean"]) if apart else 0)
+    if clean is not None and not apart:
+        dataset = with_clean(dataset, np.asarray(clean))
+    check(dataset)
+    return dataset
+
+
+def with_labels(dataset: Dataset, labels: Any) -> Dataset:
+    """Other labels in place of a set's own, which are then the true ones.
+
+    Args:
+      dataset: of classes.
+      labels: [n], an entry for each training example of the set as it was loaded: places 0 to C - 1 of the classes, or
+        their names.
+    Raises:
+      DataError: there are more or fewer, or one is none of the classes.
+    """
+    given, classes, index = _labels(labels, f"{dataset.name}: labels"), dataset.info.num_classes, dataset.index
+    assert index is not None
+    whole = int(index.max()) + 1
+    require(len(given) >= whole, f"{dataset.name}: {len(given)} labels for {whole} training examples: give all.")
+    names = list(dataset.info.names) or [str(place) for place in range(classes)]
+    places = {name: place for place, name in enumerate(names)}
+    texts = [str(value) for value in given]
+    unknown = [(place, text) for place, text in enumerate(texts) if text not in places]
+    if unknown and dataset.info.names and all(text in map(str, range(classes)) for text in texts):
+        places, unknown = {str(place): place for place in range(classes)}, []
+    if unknown:
+        where, text = unknown[0]
+        raise DataError(
+            f"{dataset.name}: label {text!r} at index {where} is none of its classes ({len(unknown)} such): "
+            f"{', '.join(names[:10])}{', ...' if classes > 10 else ''}."
+        )
+    own = dataset.train.get("true", dataset.train["labels"])
+    encoded = np.array([places[text] for text in texts], np.int32)[index]
+    return dataclasses.replace(dataset, train={**dataset.train, "labels": encoded, "true": own})
+
+
+def with_clean(dataset: Dataset, which: np.ndarray) -> Dataset:
+    """Keep the examples that are known to be right apart, to measure the validation error.
+
+    Args:
+      dataset: without a meta set.
+      which: indices of training examples of the set as it was loaded, or bools, one for each.
+    Raises:
+      DataError: they are none, not there or given twice, or a class has none among them or no other example.
+    """
+    name, index = dataset.name, dataset.index
+    assert index is not None
+    require(dataset.meta == 0, f"{name}: {dataset.meta} clean examples are apart already.")
+    require(
+        which.ndim == 1 and which.size > 0, f"{name}: clean examples are {list(which.shape)}: expected indices [k]."
+    )
+    if which.dtype == bool:
+        require(
+            len(which) > index.max(), f"{name}: {len(which)} marks of clean examples for {index.max() + 1} examples."
+        )
+        which = np.flatnonzero(which)
+    require(which.dtype.kind in "iu", f"{name}: clean examples are {which.dtype}: expected whole numbers, or bools.")
+    require(len(np.unique(which)) == len(which), f"{name}: a clean example is named twice.")
+    outside = which[(which < 0) | (which > index.max())]
+    require(not outside.size, f"{name}: clean example {outside[:1]} is outside 0..{index.max()} ({outside.size} such).")
+    apart = np.isin(index, which)
+    labels, classes = dataset.train["labels"], dataset.info.num_classes
+    for what, part in (("clean", labels[apart]), ("other", labels[~apart])):
+        gone = np.setdiff1d(np.arange(classes), part)
+        require(not gone.size, f"{name}: class {_name(dataset, gone)} has no {what} example, and each needs one.")
+    order = np.concatenate([np.flatnonzero(~apart), np.flatnonzero(apart)])
+    return dataset.take(order, meta=int(apart.sum()))
+
+
+def open_path(path: Path) -> Dataset:
+    """The data set that a path names: a folder of images, an .npz or a .csv.
+
+    Raises:
+      DataError: it is none of these, is not there, or cannot be read.
+    """
+    require(path.exists(), f"{path} is not there: give a folder of images in class folders, an .npz or a .csv.")
+    if path.is_dir():
+        return from_folder(path)
+    readers = {".npz": from_npz, ".csv": from_csv}
+    require(path.suffix in readers, f"{path} is none of a folder, an .npz and a .csv.")
+    return readers[path.suffix](path)
+
+
+def from_npz(path: str | Path) -> Dataset:
+    """A data set of the arrays of an .npz: x and y, and x_test and y_test where there are any (`ARRAYS` has all names).
+
+    "true" [n] are right labels, where they are known, and "clean" says which examples are known to be right.
+
+    Raises:
+      DataError: the file cannot be read, or lacks them; see `from_arrays`.
+    """
+    path = Path(path)
+    arrays = read_arrays(path)
+    found = next((names for names in ARRAYS if set(names[:2]) <= arrays.keys()), None)
+    require(found is not None, f"{path} holds {', '.join(arrays) or 'nothing'}: expected x and y, x_test and y_test.")
+    assert found is not None
+    x, y, x_test, y_test = found
+    test = (arrays[x_test], arrays[y_test]) if {x_test, y_test} <= arrays.keys() else None
+    extras = {"clean": arrays.get("clean"), "true": arrays.get("true")}
+    return from_arrays(arrays[x], arrays[y], test=test, name=path.stem, **extras)
+
+
+def from_csv(path: str | Path) -> Dataset:
+    """A data set of a table with a head: a column "label", and either one "file" of image files or columns of numbers.
+
+    A column "split" says train or test, and a column "true" what the right label is, where there are any.
+
+    Raises:
+      DataError: the file cannot be read, a column is missing, or a cell is none of what it should be; see
+        `from_arrays`.
+    """
+    path = Path(path)
+    heads, rows = read_csv(path)
+    label = column_of(path, heads, LABEL)
+    require(label is not None, f"{path} has the columns {', '.join(heads)}: expected one called label.")
+    assert label is not None
+    file, rest = column_of(path, heads, FILE), {SPLIT, TRUE, label}
+    if file is not None:
+        x = read_images([path.parent / row[file] for row in rows])
+    else:
+        features = [head for head in heads if head not in rest]
+        require(bool(features), f"{path} has no column of features, and none called file.")
+        x = np.array([[number_in(path, row, head, line) for head in features] for line, row in enumerate(rows, 2)])
+    y = np.array([row[label] for row in rows])
+    true = np.array([row[TRUE] for row in rows]) if TRUE in heads else None
+    split = np.array([row[SPLIT].lower() if SPLIT in heads else "train" for row in rows])
+    strange = [word for word in dict.fromkeys(split) if word not in ("train", "test")]
+    require(not strange, f"{path}: split {strange[:1]} must be train or test.")
+    train, held = split == "train", split == "test"
+    test = (x[held], y[held]) if held.any() else None
+    return from_arrays(x[train], y[train], test=test, true=None if true is None else true[train], name=path.stem)
+
+
+def from_folder(path: str | Path, *, size: tuple[int, int] | None = None) -> Dataset:
+    """A data set of images in class folders, or in train/ and test/ with class folders in each.
+
+    A class is the folder that holds the images, wherever it lies below.
+
+    Args:
+      path: of the folder.
+      size: height and width that all images are resized to; by default all must have one size.
+    Raises:
+      DataError: there is no image, one cannot be read, or sizes differ; see `from_arrays`.
+    """
+    path = Path(path)
+    require(path.is_dir(), f"{path} is no folder.")
+    train = path / "train" if (path / "train").is_dir() else path
+    test = next((path / word for word in ("test", "val", "valid") if train != path and (path / word).is_dir()), None)
+    files, labels = image_files(train)
+    if test is None:
+        return from_arrays(read_images(files, size), labels, name=path.name)
+    held, held_labels = image_files(test)
+    both = read_images([*files, *held], size)
+    pair = both[len(files) :], held_labels
+    return from_arrays(both[: len(files)], labels, test=pair, name=path.name)
+
+
+def _inputs(x: Any, what: str) -> np.ndarray:
+    """uint8 as it is, all else in single precision; images with an axis of channels."""
+    try:
+        array = np.asarray(x)
+    except ValueError as error:
+        raise DataError(f"{what} are ragged ({in_a_line(error)}): expected one shape for all examples.") from error
+    require(array.dtype.kind in "buif", f"{what} are {array.dtype}: expected numbers.")
+    require(array.size > 0, f"{what} are {list(array.shape)}: there is no example.")
+    require(
+        2 <= array.ndim <= 4,
+        f"{what} are {list(array.shape)}: expected features [n, F] or images [n, H, W] or [n, H, W, c].",
+    )
+    array = array[..., None] if array.ndim == 3 else array
+    return array if array.dtype == np.uint8 else array.astype(np.float32)
+
+
+def _labels(y: Any, what: str) -> np.ndarray:
+    """Numbers or names [n]."""
+    try:
+        array = np.asarray(y)
+    except ValueError as error:
+        raise DataError(f"{what} are ragged ({in_a_line(error)}): expected one label for each example.") from error
+    if array.ndim == 2 and 1 in array.shape:
+        array = array.reshape(-1)
+    require(array.ndim == 1, f"{what} are {list(array.shape)}: expected one label for each example, [n].")
+    if array.dtype.kind == "f":
+        require(
+            bool(np.all(array == np.floor(array))),
+            f"{what} are {array.dtype}, not all whole numbers: name the classes.",
+        )
+        array = array.astype(np.int64)
+    if array.dtype.kind == "O":
+        require(all(isinstance(value, str) for value in array), f"{what} are neither numbers nor names.")
+        array = array.astype(str)
+    require(array.dtype.kind in "buiUS", f"{what} are {array.dtype}: expected whole numbers or names.")
+    if array.dtype.kind in "US":
+        array = np.char.strip(array.astype(str))
+        require(bool(np.all(array != "")), f"{what}: one is empty.")
+    return array
+
+
+def _encoded(name: str, parts: dict[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
+    """The names of the classes, which are those of the training labels, and the place of each label among them."""
+    own = np.concatenate([parts["train"].astype(str), parts.get("clean", parts["train"][:0]).astype(str)])
+    values = sorted(set(own.tolist()), key=_order)
+    require(len(values) > 1, f"{name}: all labels are {values[0]}: expected two classes or more.")
+    places = {value: place for place, value in enumerate(values)}
+    encoded = {}
+    for part, labels in parts.items():
+        words = labels.astype(str).tolist()
+        unknown = [(where, word) for where, word in enumerate(words) if word not in places]
+        if unknown:
+            where, word = unknown[0]
+            raise DataError(
+                f"{name}: the {part} label {word!r} at index {where} has no training example ({len(unknown)} such)."
+            )
+        encoded[part] = np.array([places[word] for word in words], np.int32)
+    return values, encoded
+
+
+def _order(word: str) -> tuple[int, float, str]:
+    """Numbers by value, then names."""
+    try:
+        return 0, float(word), ""
+    except ValueError:
+        return 1, 0.0, word
+
+
+def _moments(inputs: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Mean and standard deviation of the last axis; 1 where nothing varies."""
+    flat = inputs.reshape(-1, inputs.shape[-1])
+    mean, std = flat.mean(axis=0, dtype=np.float64), flat.std(axis=0, dtype=np.float64)
+    return tuple(map(float, mean)), tuple(map(float, np.where(std > 0, std, 1.0)))
+
+
+def _same_length(name: str, x: np.ndarray, y: np.ndarray) -> None:
+    require(len(x) == len(y), f"{name}: {len(x)} inputs have {len(y)} labels.")
+
+
+def _name(dataset: Dataset, classes: np.ndarray) -> str:
+    names = dataset.info.names
+    return str(names[classes[0]] if names and classes.size else classes[0] if classes.size else "")
