@@ -67,6 +67,8 @@ NO_SWITCH = ("maybe", "2", "")
 BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags that it needs to be read at all
     "task": NO_NAME,
     "dataset": NO_NAME,
+    "labels": ("none.npy", "noisy", f"{__file__}", " "),
+    "clean": ("none.npy", f"{__file__}", " "),
     "data_dir": ("/nowhere --dataset=mnist",),
     "download": NO_SWITCH,
     "held_out": ("-0.1", "0.95", "x", "nan"),

@@ -61,7 +61,7 @@ def test_a_done_combination_is_kept(tuned, monkeypatch):
         (("--grid=student_lr=fast",), "student_lr=fast must be a number"),
         (("--grid=student_lr=-1",), "student_lr=-1.0 must be a positive, finite number"),
         (("--held_out=0",), "would choose settings on the test set"),
-        (("--labels=wrong",), "--labels=wrong is unknown"),
+        (("--labels=wrong",), "--labels=wrong: wrong is not there"),
         (("--teacher_from=x",), "is for single runs"),
         (("--noise=uniform",), "--noise is of wrong labels, and the labels are clean here"),
         (("--set=preprocess=-1",), "preprocess=-1.0 must be a positive number, or none"),

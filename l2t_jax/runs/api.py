@@ -168,7 +168,11 @@ def train(
         student_knobs=dict(student_knobs or {}),
     )
     stamp = time.strftime("%Y%m%d-%H%M%S")
-    options = Options(workdir=str(workdir or f"runs/train_{name}_{Path(dataset.name).stem}_{stamp}"), resume=resume)
+    options = Options(
+        workdir=str(workdir or f"runs/train_{name}_{Path(dataset.name).stem}_{stamp}"),
+        resume=resume,
+        command=f"l2t_jax.train({name!r}, {dataset.name!r}, preset={preset!r}, seeds={numbers}, rounds={rounds}, ...)",
+    )
     own = Own(
         student=student if isinstance(student, Student) else None,
         optimizer=optimizer,

@@ -59,3 +59,4 @@ class Options:
     num_processes: int | None = None
     process_id: int | None = None
     teacher_from: str | None = None  # a run directory; the record holds the digests of its teachers
+    command: str | None = None  # for the record; None: that of the process

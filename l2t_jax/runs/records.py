@@ -174,7 +174,7 @@ class RunDirectory:
             lock.close()
 
 
-def open_run(path: str | Path, config: dict[str, Any], resume: bool) -> RunDirectory:
+def open_run(path: str | Path, config: dict[str, Any], resume: bool, command: str | None = None) -> RunDirectory:
     """Make or reopen the directory of a run, lock it for this process, and record `config` and the environment there.
 
     A fresh run writes {"config", "environment", "command"}; each resumption adds to the list "resumed". `resume` on a
@@ -188,7 +188,7 @@ def open_run(path: str | Path, config: dict[str, Any], resume: bool) -> RunDirec
     _lock(run.path)
     try:
         record = _admit(run, json.loads(json.dumps(_plain(config))), resume)
-        here = {"environment": environment(), "command": shlex.join(["python", *sys.orig_argv[1:]])}
+        here = {"environment": environment(), "command": command or shlex.join(["python", *sys.orig_argv[1:]])}
         if record is None:
             write_json(run.config_path, {"config": config, **here})
         else:

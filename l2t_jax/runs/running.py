@@ -123,7 +123,7 @@ def train_entries(
             for name, seed in taught
         },
     }
-    directory = leader_first(lambda: open_run(options.workdir, record, options.resume))
+    directory = leader_first(lambda: open_run(options.workdir, record, options.resume, options.command))
     rounds = {(entry.name, seed): setting.rounds_of(entry) for entry in entries for seed in config.seeds}
     outcomes: Outcomes = {}
     at_once = min(setting.layout.runs, len(config.seeds))

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from l2t_jax.data import Dataset, at, hold_out
+from l2t_jax.data import DataError, Dataset, at, hold_out
 from l2t_jax.data.files import read_clean, read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
@@ -192,10 +192,14 @@ def prepare(config: Config, options: Options) -> Dataset:
     """
     spec = TASKS[config.task]
     dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
-    if config.labels is not None:
-        dataset = with_labels(dataset, read_labels(config.labels))
-    if config.clean is not None:
-        dataset = with_clean(dataset, read_clean(config.clean))
+    for flag, file, read, put in (
+        ("labels", config.labels, read_labels, with_labels),
+        ("clean", config.clean, read_clean, with_clean),
+    ):
+        try:
+            dataset = dataset if file is None else put(dataset, read(file))
+        except DataError as error:
+            raise DataError(f"--{flag}={file}: {error}") from error
     dataset = hold_out(dataset, config.held_out, strata=spec.strata and spec.strata(dataset))
     noise = config.noise
     if noise is None:

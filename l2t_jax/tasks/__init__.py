@@ -16,7 +16,11 @@ TASKS: dict[str, TaskSpec] = {"classification": dataclasses.replace(CLASSIFICATI
 
 def is_path(name: str, spec: TaskSpec) -> bool:
     """Whether a data set is named by a path: it is no known name, and has a slash or an ending, or is there."""
-    return name not in spec.datasets and ("/" in name or Path(name).suffix != "" or Path(name).expanduser().exists())
+    return (
+        bool(name.strip())
+        and name not in spec.datasets
+        and ("/" in name or Path(name).suffix != "" or Path(name).expanduser().exists())
+    )
 
 
 def load(

@@ -14,7 +14,7 @@ from l2t_jax.data import DataError, Dataset, at, hold_out, require
 from l2t_jax.data.files import column_of, image_files, in_a_line, number_in, read_arrays, read_csv, read_images
 from l2t_jax.tasks.classification import Classes, check
 
-HELD_OUT = 0.2  # of the examples of each class, where no test set is given
+HELD_OUT, FEWEST = 0.2, 3  # of the examples of each class, where no test set is given; how many each must have then
 # Names of the arrays of an .npz: training inputs and labels, test inputs and labels.
 ARRAYS = (
     ("x_train", "y_train", "x_test", "y_test"),
@@ -86,6 +86,9 @@ def from_arrays(
     numbered = [str(place) for place in range(len(values))]
     info = Classes(len(values), mean, std, names=() if values == numbered else tuple(values))
     if test is None:
+        few = [value for value, size in zip(values, np.bincount(encoded["train"]), strict=False) if size < FEWEST]
+        told = f"class {', '.join(few[:3])} has fewer than {FEWEST} examples"
+        require(not few, f"{name}: {told}: give a test set, or leave it out.")
         dataset = Dataset(name, train, at(train, slice(1)), info, meta=len(encoded["clean"]) if apart else 0)
         dataset = hold_out(dataset, HELD_OUT, strata=train["labels"])
     else:
@@ -261,6 +264,10 @@ def _inputs(x: Any, what: str) -> np.ndarray:
         2 <= array.ndim <= 4,
         f"{what} are {list(array.shape)}: expected features [n, F] or images [n, H, W] or [n, H, W, c].",
     )
+    if array.dtype.kind == "f":
+        finite = np.isfinite(array).reshape(len(array), -1).all(axis=1)
+        wrong = int(np.sum(~finite))
+        require(not wrong, f"{what}: the one at index {np.argmin(finite)} is not finite ({wrong} such): leave it out.")
     array = array[..., None] if array.ndim == 3 else array
     return array if array.dtype == np.uint8 else array.astype(np.float32)
 
@@ -276,7 +283,7 @@ def _labels(y: Any, what: str) -> np.ndarray:
     require(array.ndim == 1, f"{what} are {list(array.shape)}: expected one label for each example, [n].")
     if array.dtype.kind == "f":
         require(
-            bool(np.all(array == np.floor(array))),
+            bool(np.all(np.isfinite(array) & (array == np.floor(array)))),
             f"{what} are {array.dtype}, not all whole numbers: name the classes.",
         )
         array = array.astype(np.int64)
