@@ -5,6 +5,7 @@ Legend: n training examples outside a meta set, G seeds, C classes.
 
 import csv
 import dataclasses
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from l2t_jax.runs.setting import Entry, Setting
 from l2t_jax.types import Array, Batch, MethodState, PyTree
 
 BATCH = 1000  # examples looked at at once
+TINY = 1e-6  # below which a pull is none
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -31,6 +33,8 @@ class Examples:
     pull: (
         np.ndarray | None
     )  # [n] how strongly it pulls at the student, 1 on average; None where the method does not say
+    # [n] its pull over that under cross entropy, the same student's: how much of it the loss lets through
+    weight: np.ndarray | None
     true: np.ndarray | None = None  # [n] its right label, where that is known
 
     def suspicious(self, share: float) -> np.ndarray:
@@ -48,19 +52,24 @@ def describe(setting: Setting, entry: Entry, states: list[MethodState]) -> Examp
     dataset, task, student = setting.dataset, setting.parts.task, setting.parts.student
     kept = dataset.examples - dataset.meta
     data = jax.device_put(dataset.train)
+    pulls = _pulls(setting, entry, data, kept)
 
     @jax.jit
     def probabilities(variables: dict[str, PyTree], which: Array) -> Array:
         outputs, _ = student.apply(variables, task.gather(data, which, None).inputs, False)
         return jax.nn.softmax(outputs)
 
-    whole = np.zeros((kept, setting.parts.classes))
-    for state in states:
-        one = np.zeros_like(whole)
-        for which in _batches(kept, min(BATCH, kept)):
-            one[which] = np.asarray(probabilities(state.student.variables, which))
-        whole += one / len(states)
     given = dataset.train["labels"][:kept]
+    whole, pull, weight = np.zeros((kept, setting.parts.classes)), np.zeros(kept), np.zeros(kept)
+    for state in states:
+        chances = np.zeros_like(whole)
+        for which in _batches(kept, min(BATCH, kept)):
+            chances[which] = np.asarray(probabilities(state.student.variables, which))
+        whole += chances / len(states)
+        if pulls is not None:
+            one, slope = pulls(state), chances - np.eye(setting.parts.classes)[given]
+            pull += one / max(one.mean(), TINY) / len(states)
+            weight += one / np.maximum(np.linalg.norm(slope, axis=1), TINY) / len(states)
     true = dataset.train.get("true")
     assert dataset.index is not None
     return Examples(
@@ -69,12 +78,14 @@ def describe(setting: Setting, entry: Entry, states: list[MethodState]) -> Examp
         predicted=whole.argmax(1).astype(np.int32),
         confidence=whole.max(1),
         trust=whole[np.arange(kept), given],
-        pull=_pulls(setting, entry, states, data, kept),
+        pull=None if pulls is None else pull,
+        weight=None if pulls is None else weight,
         true=None if true is None else true[:kept],
     )
 
 
-def _pulls(setting: Setting, entry: Entry, states: list[MethodState], data: PyTree, kept: int) -> np.ndarray | None:
+def _pulls(setting: Setting, entry: Entry, data: PyTree, kept: int) -> Callable[[MethodState], np.ndarray] | None:
+    """A state's pull of each example [n], in batches, since a method may weigh an example by its batch."""
     method, task = entry.method, setting.parts.task
     if method.pull is None:
         return None
@@ -84,13 +95,14 @@ def _pulls(setting: Setting, entry: Entry, states: list[MethodState], data: PyTr
         return method.pull(state, task.gather(data, which, None), validation)  # type: ignore[misc]
 
     compute = jax.jit(alone(setting, pull))
-    found = np.zeros(kept)
-    for state in states:
-        one = np.zeros(kept)
+
+    def pulls(state: MethodState) -> np.ndarray:
+        found = np.zeros(kept)
         for which in _batches(kept, min(TOGETHER, kept)):
-            one[which] = np.asarray(compute(state, which, validation)).reshape(-1)
-        found += one / max(one.mean(), 1e-12) / len(states)
-    return found
+            found[which] = np.asarray(compute(state, which, validation)).reshape(-1)
+        return found
+
+    return pulls
 
 
 def _batches(count: int, size: int) -> list[np.ndarray]:
@@ -103,7 +115,7 @@ def write(path: Path, dataset: Dataset, found: dict[str, Examples]) -> None:
     names = dataset.info.names or [str(place) for place in range(dataset.info.num_classes)]
     with path.open("w", newline="") as file:
         table = csv.writer(file)
-        heads = ["method", "index", "label", "predicted", "confidence", "trust", "pull"]
+        heads = ["method", "index", "label", "predicted", "confidence", "trust", "pull", "weight"]
         table.writerow([*heads, *(["true", "right"] if "true" in dataset.train else [])])
         for method, examples in found.items():
             for row in examples.suspicious(1.0):
@@ -113,8 +125,8 @@ def write(path: Path, dataset: Dataset, found: dict[str, Examples]) -> None:
 def _line(examples: Examples, row: int, names: Any) -> list[Any]:
     given, predicted = examples.given[row], examples.predicted[row]
     line = [examples.index[row], names[given], names[predicted]]
-    line += [f"{examples.confidence[row]:.4f}", f"{examples.trust[row]:.4f}"]
-    line += ["" if examples.pull is None else f"{examples.pull[row]:.4f}"]
+    for values in (examples.confidence, examples.trust, examples.pull, examples.weight):
+        line.append("" if values is None else f"{values[row]:.4f}")
     if examples.true is not None:
         line += [names[examples.true[row]], str(bool(examples.true[row] == given)).lower()]
     return line
