@@ -4,8 +4,8 @@
   python -m benchmarks.label_errors --sets=mnist_flips,mnist_uniform --data_dir=DIR --seeds=3
   python -m benchmarks.label_errors --sets=cifar10_human --data_dir=DIR --human_labels=labels.npz:worse_label
 
-Every row ranks the training examples; it is judged by the area under the ROC curve of wrong against right labels, and by
-the precision among as many as there are wrong labels. Ours are said by one run of each method: `trust` is the
+Every row ranks the training examples; it is judged by the area under the ROC curve of wrong against right labels, and
+by the precision among as many as there are wrong labels. Ours are said by one run of each method: `trust` is the
 probability that the student gives to the label, `weight` how much of cross entropy's pull the loss lets through.
 cleanlab reads the predictions of five students under cross entropy, each on the four fifths that it does not predict,
 with the clean examples, for the same number of steps each; or for so many that all five take the seconds of L2T-DLN.
@@ -186,7 +186,7 @@ def cross_validated(
         scores = get_label_quality_scores(given, chances, method=method)
         yield _row(f"cleanlab, {method}, equal {budget}", scores, wrong, seconds)
         if method == "self_confidence":
-            found = find_label_issues(given, chances, return_indices_ranked_by=method)
+            found = find_label_issues(given, chances, return_indices_ranked_by=method, n_jobs=1)
             row = _row(f"cleanlab, confident learning first, equal {budget}", _first(found, scores), wrong, seconds)
             yield row
 
