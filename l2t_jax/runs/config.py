@@ -60,4 +60,3 @@ class Options:
     process_id: int | None = None
     teacher_from: str | None = None  # a run directory; the record holds the digests of its teachers
     command: str | None = None  # for the record; None: that of the process
-    command: str | None = None  # for the record; None: that of the process
