@@ -16,6 +16,7 @@ from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods import KNOBS, TAUGHT, method_names
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
 from l2t_jax.methods.parts import SCHEDULES
+from l2t_jax.optimizers import STUDENT_OPTIMIZERS
 from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.parallel import SHARDS, leave
@@ -25,6 +26,7 @@ from l2t_jax.teachers import TEACHERS, shipped
 
 KINDS_OF_LABELS = ("clean", "noisy")  # which tables have
 CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
+    "student_optimizer": STUDENT_OPTIMIZERS,
     "student_schedule": SCHEDULES,
     "teacher_schedule": SCHEDULES,
     "second_stage": STAGES,
@@ -85,6 +87,12 @@ flags.DEFINE_string(
     "label, an .npy, or an array of an .npz as FILE:NAME.",
 )
 flags.DEFINE_string(
+    "class_weight",
+    None,
+    "balanced: the examples of each class count as much as those of any other; or a number for each class, comma "
+    "separated. Default: all examples count alike.",
+)
+flags.DEFINE_string(
     "clean",
     None,
     "FILE that names the training examples that are known to be right, which then measure the validation error: a .csv "
@@ -123,7 +131,8 @@ flags.DEFINE_string(
 flags.DEFINE_string(
     "set",
     "",
-    "Any rows of the preset's sheet (l2t_jax/presets.py), NAME=VALUE, and any knobs of a loss or a method, "
+    "Any rows of the preset's sheet (l2t_jax/presets.py), NAME=VALUE, and any knobs of a loss, a method or "
+    "the student's optimizer, "
     "NAME.KNOB=VALUE, comma separated: e.g. squash=log_softmax,odd=true,meta_weight_net.lr=0.01.",
 )
 flags.DEFINE_string("teacher", "lstm", f"{_choices(TEACHERS)}. All but lstm are optax transformations (Table 6).")
@@ -154,7 +163,13 @@ flags.DEFINE_float(
     "Part of the training examples that validates, in (0, 1), re-divided every epoch. "
     f"Default: {_by_preset('validation_ratio')}.",
 )
-flags.DEFINE_float("student_lr", None, f"eta, of the student's SGD. Default: {_by_preset('student_lr')}.")
+flags.DEFINE_string(
+    "student_optimizer",
+    None,
+    f"{_choices(STUDENT_OPTIMIZERS)}. Of the student; its knobs by --set, e.g. sgd.momentum=0.9,adam.b2=0.99. "
+    f"Default: {_by_preset('student_optimizer')}.",
+)
+flags.DEFINE_float("student_lr", None, f"eta, of the student's optimizer. Default: {_by_preset('student_lr')}.")
 flags.DEFINE_string(
     "student_schedule",
     None,
@@ -242,6 +257,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         dataset=_dataset(given("dataset"), of_task),
         labels=given_labels(),
         clean=FLAGS.clean,
+        class_weight=FLAGS.class_weight,
         student=known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(),
         methods=methods,
@@ -397,7 +413,10 @@ def with_settings(config: Config, given: dict[str, Any]) -> Config:
     """
     knobs = {name: value for name, value in given.items() if "." in name}
     for name in knobs:
-        if (of := name.partition(".")[0]) not in config.methods:
+        if (of := name.partition(".")[0]) in STUDENT_OPTIMIZERS:
+            if of != given.get("student_optimizer", config.settings.student_optimizer):
+                raise UsageError(f"--set={name}=... is of {of}: add --student_optimizer={of}.")
+        elif of not in config.methods:
             raise UsageError(f"--set={name}=... is of {of}, which --method does not name: add it there.")
     rows = {name: value for name, value in given.items() if "." not in name}
     settings = checked(dataclasses.replace(config.settings, **rows))
@@ -407,7 +426,8 @@ def with_settings(config: Config, given: dict[str, Any]) -> Config:
 def _parse_knob(flag: str, name: str, text: str) -> Any:
     """Read the value of a knob of a loss or a method, NAME.KNOB."""
     of, _, knob = name.partition(".")
-    has = knobs_of(KNOBS[known(flag, of, [name for name, build in KNOBS.items() if knobs_of(build)])])
+    builders = {name: build for name, build in {**STUDENT_OPTIMIZERS, **KNOBS}.items() if knobs_of(build)}
+    has = knobs_of(builders[known(flag, of, builders)])
     known(f"{flag}={of}", knob, has)
     try:
         return read_knob(has[knob], text)

@@ -13,6 +13,7 @@ seed, after its last step.
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 from absl import flags
 
@@ -124,9 +125,14 @@ def _budget(record: Record) -> str:
     return (
         f"{record['student_parameters']} student parameters, {len(record['seeds'])} seeds, "
         f"{config['rounds']} rounds of N = {record['unroll_length']}, batch {settings['batch_size']}, "
-        f"validation batch {settings['validation_batch_size']}, SGD {settings['student_lr']:g}, "
+        f"validation batch {settings['validation_batch_size']}, {_optimizer(settings)} {settings['student_lr']:g}, "
         f"preset {record['preset']}{wrong if config['noise'] else ''}."
     )
+
+
+def _optimizer(settings: dict[str, Any]) -> str:
+    name: str = settings.get("student_optimizer", "sgd")  # older records lack it
+    return name.upper() if name == "sgd" else name
 
 
 def _learned(row: Row) -> int:

@@ -2,7 +2,7 @@
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 # What a run gives by itself.
@@ -22,6 +22,11 @@ def knobs_of(build: Callable[..., Any]) -> dict[str, Knob]:
     keywords = [p for p in inspect.signature(build).parameters.values() if p.kind is inspect.Parameter.KEYWORD_ONLY]
     simple = [p for p in keywords if p.name not in GIVEN and isinstance(p.default, (bool, int, float, str))]
     return {p.name: Knob(p.default, _text(build, p.name)) for p in simple}
+
+
+def knobs_for(given: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Of knobs by "NAME.KNOB" those of one name: keywords of its builder."""
+    return {key.partition(".")[2]: value for key, value in given.items() if key.partition(".")[0] == name}
 
 
 def read_knob(knob: Knob, text: str) -> Any:

@@ -5,6 +5,7 @@ constant, so a hypergradient through them is zero, as it should be, and teaches 
 """
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -39,6 +40,80 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
         return jax.tree.map(lambda g: jnp.where(clipped, g / norm.astype(g.dtype) * max_norm, g), updates), state
 
     return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
+
+
+def sgd(
+    rate: optax.ScalarOrSchedule, *, momentum: float = 0.0, nesterov: bool = False, weight_decay: float = 0.0
+) -> optax.GradientTransformation:
+    """Stochastic gradient descent.
+
+    Args:
+      rate: a number, or of each step.
+      momentum: share of the last step that goes on; 0 for none.
+      nesterov: look ahead along it.
+      weight_decay: times the parameters, added to the gradient.
+    """
+    return _decayed(weight_decay, optax.sgd(rate, momentum or None, nesterov))
+
+
+def adam(
+    rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps_root: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformation:
+    """Adam, with a derivative at a zero gradient.
+
+    Args:
+      rate: a number, or of each step.
+      b1: decay of the mean gradient.
+      b2: decay of the mean squared gradient.
+      eps_root: added below the root; at 0 there is no derivative where a gradient is zero.
+      weight_decay: times the parameters, added to the gradient.
+    """
+    return _decayed(weight_decay, optax.adam(rate, b1, b2, eps_root=eps_root))
+
+
+def adamw(
+    rate: optax.ScalarOrSchedule,
+    *,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps_root: float = 1e-8,
+    weight_decay: float = 1e-4,
+) -> optax.GradientTransformation:
+    """Adam whose decay is of the parameters themselves. Arguments as of `adam`.
+
+    Args:
+      weight_decay: times the rate and the parameters, taken off them.
+    """
+    return optax.adamw(rate, b1, b2, eps_root=eps_root, weight_decay=weight_decay)
+
+
+def rmsprop(rate: optax.ScalarOrSchedule, *, decay: float = 0.9, eps: float = 1e-8) -> optax.GradientTransformation:
+    """RMSprop, with its eps below the root.
+
+    Args:
+      rate: a number, or of each step.
+      decay: of the mean squared gradient.
+      eps: added below the root.
+    """
+    return optax.rmsprop(rate, decay, eps)
+
+
+def _decayed(decay: float, optimizer: optax.GradientTransformation) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(decay), optimizer) if decay else optimizer
+
+
+# Of a student, by name: (rate, knobs) -> transformation.
+STUDENT_OPTIMIZERS: dict[str, Callable[..., optax.GradientTransformation]] = {
+    "sgd": sgd,
+    "adam": adam,
+    "adamw": adamw,
+    "rmsprop": rmsprop,
+}
 
 
 def check_optimizer(optimizer: Any, who: str) -> None:

@@ -50,6 +50,7 @@ class Preset:
     batch_size: int = 25
     validation_batch_size: int = 100
     validation_ratio: float = 0.5
+    student_optimizer: str = "sgd"
     student_lr: float = 0.1
     student_schedule: str = "constant"
     student_clip: float = 0.0

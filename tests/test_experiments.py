@@ -292,7 +292,7 @@ def test_the_sheet_in_the_docstring_is_the_code():
         assert rows["epochs"][name] == str(preset.epochs)
         assert rows["batch, validation batch"][name] == f"{preset.batch_size}, {preset.validation_batch_size}"
         assert float(rows["teacher"][name].split()[1]) == preset.teacher_lr
-        assert float(rows["student"][name].split()[1]) == preset.student_lr
+        assert rows["student"][name] == f"{preset.student_optimizer.upper()} {preset.student_lr:g}"
         gamma, sign = rows["gamma, sign of its step"][name].split(", ")
         assert float(gamma) == preset.dln_lr and sign == {1: "plus", -1: "minus"}[preset.update_sign]
         assert rows["its learning rate"][name] == preset.student_schedule

@@ -12,7 +12,7 @@ import pytest
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES, build_loss
 from l2t_jax.losses.checking import as_read
-from l2t_jax.optimizers import check_at_zero
+from l2t_jax.optimizers import STUDENT_OPTIMIZERS, check_at_first, check_at_zero
 from l2t_jax.presets import Preset
 from l2t_jax.runs.setting import build_optimizer
 from l2t_jax.unroll import init_state, plain_gradient, student_step
@@ -192,3 +192,17 @@ def test_optax_clipping_is_told_apart():
     """The law is one that can fail."""
     with pytest.raises(ValueError, match="no derivative at a zero gradient"):
         check_at_zero(optax.chain(optax.clip_by_global_norm(1.0), optax.sgd(0.1)), {"w": np.ones(3)})
+
+
+@pytest.mark.parametrize("name", STUDENT_OPTIMIZERS)
+def test_a_student_optimizer_by_name_teaches(name):
+    """Each can be differentiated at a zero gradient, and steps as optax's own with the knobs that are given."""
+    for knobs in ({}, {"weight_decay": 0.1} if name != "rmsprop" else {"decay": 0.5}):
+        settings = Preset(student_optimizer=name, student_lr=0.1)
+        optimizer = build_optimizer(settings, 9, **knobs)
+        check_at_zero(optimizer, {"a": jnp.ones(3)})
+        check_at_first(optimizer, {"a": jnp.ones(3)})
+    gradient, params = jnp.array([1.0, -2.0]), jnp.array([3.0, 4.0])
+    heavy = build_optimizer(Preset(student_lr=0.1), 9, momentum=0.9, weight_decay=0.5)
+    moved, _ = heavy.update(gradient, heavy.init(params), params)
+    np.testing.assert_allclose(moved, -0.1 * (gradient + 0.5 * params), rtol=1e-6)

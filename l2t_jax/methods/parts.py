@@ -9,6 +9,7 @@ import optax
 
 from l2t_jax.data.order import Plan
 from l2t_jax.inputs import known
+from l2t_jax.knobs import knobs_for
 from l2t_jax.losses import LOSSES, build_loss, check_loss
 from l2t_jax.presets import Preset
 from l2t_jax.types import How, Loss, Student, Task, Teacher
@@ -51,7 +52,7 @@ class Parts(NamedTuple):
 
     def knobs_of(self, name: str) -> dict[str, Any]:
         """What is asked for of a loss or a method: keywords of its builder."""
-        return {key.partition(".")[2]: value for key, value in self.knobs.items() if key.partition(".")[0] == name}
+        return knobs_for(self.knobs, name)
 
     @property
     def steps_per_round(self) -> int:

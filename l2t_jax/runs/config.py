@@ -38,6 +38,7 @@ class Config:
     task: str = "classification"  # of `l2t_jax.tasks.TASKS`
     student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the builder's defaults
     labels: str | None = None  # a file of labels in place of the set's own
+    class_weight: str | None = None  # "balanced", or a number for each class; None: all examples count alike
     clean: str | None = None  # a file that names the training examples that are known to be right
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
 

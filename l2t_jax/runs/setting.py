@@ -6,28 +6,28 @@ import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
-from l2t_jax.data import DataError, Dataset, at, hold_out
+from l2t_jax.data import DataError, Dataset, at, hold_out, require
 from l2t_jax.data.files import read_clean, read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
-from l2t_jax.knobs import knobs_of
+from l2t_jax.knobs import knobs_for, knobs_of
 from l2t_jax.methods import TAUGHT, build_method
 from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.methods.parts import SCHEDULES, Parts
-from l2t_jax.optimizers import clip_by_global_norm
+from l2t_jax.optimizers import STUDENT_OPTIMIZERS, clip_by_global_norm
 from l2t_jax.presets import Preset
 from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load
-from l2t_jax.tasks.own import with_clean, with_labels
+from l2t_jax.tasks.own import with_class_weight, with_clean, with_labels
 from l2t_jax.types import Array, Batch, How, Key, Loss, Method, PyTree, Student, Task, Teacher
 
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
@@ -93,7 +93,9 @@ def build_setting(
     if student.draws:
         task = with_keys(task)
     plan = build_plan(config, dataset)
-    optimizer = own.optimizer or build_optimizer(config.settings, plan.rounds * plan.stages * plan.unroll_length)
+    steps = plan.rounds * plan.stages * plan.unroll_length
+    knobs = knobs_for(config.knobs, config.settings.student_optimizer)
+    optimizer = own.optimizer or build_optimizer(config.settings, steps, **knobs)
     parts = Parts(
         settings=config.settings,
         teacher=own.teacher or config.teacher,
@@ -159,10 +161,11 @@ def build_student(config: Config, task: Task, inputs: PyTree, axis_name: str | N
     return student
 
 
-def build_optimizer(settings: Preset, steps: int) -> optax.GradientTransformation:
+def build_optimizer(settings: Preset, steps: int, **knobs: Any) -> optax.GradientTransformation:
     """The student's optimizer, for a run of so many student steps."""
-    sgd = optax.sgd(SCHEDULES[settings.student_schedule](settings.student_lr, steps))
-    return optax.chain(clip_by_global_norm(settings.student_clip), sgd) if settings.student_clip else sgd
+    rate = SCHEDULES[settings.student_schedule](settings.student_lr, steps)
+    optimizer = STUDENT_OPTIMIZERS[settings.student_optimizer](rate, **knobs)
+    return optax.chain(clip_by_global_norm(settings.student_clip), optimizer) if settings.student_clip else optimizer
 
 
 def build_plan(config: Config, dataset: Dataset) -> Plan:
@@ -202,10 +205,14 @@ def prepare(config: Config, options: Options) -> Dataset:
             raise DataError(f"--{flag}={file}: {error}") from error
     dataset = hold_out(dataset, config.held_out, strata=spec.strata and spec.strata(dataset))
     noise = config.noise
-    if noise is None:
-        return dataset
-    default = META if dataset.examples >= FEW else META // 10
-    return with_noise(dataset, noise.kind, noise.ratio, default if noise.meta is None else noise.meta, noise.seed)
+    if noise is not None:
+        default = META if dataset.examples >= FEW else META // 10
+        meta = default if noise.meta is None else noise.meta
+        dataset = with_noise(dataset, noise.kind, noise.ratio, meta, noise.seed)
+    if config.class_weight is not None:
+        require(spec.classes, f"{dataset.name}: class weights are of classes, and this data set has none.")
+        dataset = with_class_weight(dataset, config.class_weight)
+    return dataset
 
 
 def enable_compilation_cache() -> None:

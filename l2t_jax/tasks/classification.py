@@ -44,10 +44,11 @@ def classification(dataset: Dataset) -> Task:
 
     Returns:
       A task whose `gather(data, indices, keys)` reads {"inputs": uint8 or float32 [n, ..., c], "labels": int32 [n]}
-      (and, where labels are wrong and the right ones are known, "true": int32 [n]) at indices of any shape [...] into a
-      batch of inputs [..., ..., c] float32, targets [...] int32 and, if given, true targets [...]. With keys [...], and
-      where the data set asks for it, every image is cropped and flipped at random, as in He et al. 2016. Its error and
-      metrics raise a ValueError where outputs and targets are none of classes (`losses.check_classes`).
+      (and, where labels are wrong and the right ones are known, "true": int32 [n]; where examples count more or less
+      than others, "weight": float32 [n]) at indices of any shape [...] into a batch of inputs [..., ..., c] float32,
+      targets [...] int32 and, if given, weights and true targets [...]. With keys [...], and where the data set asks
+      for it, every image is cropped and flipped at random, as in He et al. 2016. Its error and metrics raise a
+      ValueError where outputs and targets are none of classes (`losses.check_classes`).
     """
     info = dataset.info
     mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
@@ -56,8 +57,8 @@ def classification(dataset: Dataset) -> Task:
         inputs = data["inputs"][indices]
         if keys is not None and info.augment:
             inputs = crop_and_flip(inputs, keys)
-        true = data["true"][indices] if "true" in data else ()
-        return Batch((inputs.astype(jnp.float32) - mean) / std, data["labels"][indices], true=true)
+        true, weight = (data[leaf][indices] if leaf in data else () for leaf in ("true", "weight"))
+        return Batch((inputs.astype(jnp.float32) - mean) / std, data["labels"][indices], weight=weight, true=true)
 
     return Task(cross_entropy, _metrics, gather, outputs=info.num_classes, draws=info.augment)
 
@@ -131,6 +132,9 @@ def _check_part(part: str, examples: dict[str, np.ndarray], num_classes: int) ->
         bool(finite.all()),
         f"{part}: the input at index {np.argmin(finite)} is not finite ({np.sum(~finite)} such): leave it out.",
     )
+    if (weight := examples.get("weight")) is not None:
+        good = weight.dtype == np.float32 and weight.ndim == 1 and np.all(np.isfinite(weight)) and np.all(weight >= 0)
+        require(bool(good and weight.any()), f"{part}: weights are none: expected float32 [n], at least 0, not all 0.")
     for field in ("labels", "true"):
         if field not in examples:
             continue

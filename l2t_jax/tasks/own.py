@@ -35,6 +35,7 @@ def from_arrays(
     test: tuple[Any, Any] | None = None,
     clean: tuple[Any, Any] | Sequence[int] | np.ndarray | None = None,
     true: Any = None,
+    weight: Any = None,
     name: str = "arrays",
 ) -> Dataset:
     """A data set of your own arrays.
@@ -50,6 +51,7 @@ def from_arrays(
       clean: (inputs, labels) known to be right, or which of the training examples are (indices, or bools [n]): they
         measure the validation error and are not trained on. By default the examples are divided.
       true: right labels [n], where they are known: only for records.
+      weight: how much each example counts [n], at least 0; by default all alike.
       name: of the data set.
     Raises:
       DataError: one line says what does not fit.
@@ -76,11 +78,14 @@ def from_arrays(
         )
     values, encoded = _encoded(name, parts)
     train = {"inputs": train_x, "labels": encoded["train"]}
+    if weight is not None:
+        train["weight"] = _weights(name, weight, len(given))
     if true is not None:
         train["true"] = encoded["true"]
     if apart:
         extra = {"inputs": clean_x.astype(train_x.dtype), "labels": encoded["clean"]}
         extra |= {"true": encoded["clean"]} if true is not None else {}
+        extra |= {"weight": np.ones(len(clean_x), np.float32)} if weight is not None else {}
         train = {leaf: np.concatenate([train[leaf], extra[leaf]]) for leaf in train}
     mean, std = _moments(train["inputs"])
     numbered = [str(place) for place in range(len(values))]
@@ -98,6 +103,30 @@ def from_arrays(
         dataset = with_clean(dataset, np.asarray(clean))
     check(dataset)
     return dataset
+
+
+def with_class_weight(dataset: Dataset, weight: str) -> Dataset:
+    """Let the examples of each class count as much as those of any other, or as is said.
+
+    Args:
+      dataset: of classes.
+      weight: "balanced": n / (C n_c) for an example of class c, of which there are n_c; or a number for each class,
+        comma separated.
+    Raises:
+      DataError: it is neither.
+    """
+    labels, classes = dataset.train["labels"], dataset.info.num_classes
+    if weight == "balanced":
+        each = len(labels) / (classes * np.bincount(labels, minlength=classes))
+    else:
+        try:
+            each = np.array([float(part) for part in weight.split(",")])
+        except ValueError:
+            each = np.array([])
+        good = len(each) == classes and bool(np.all(np.isfinite(each)) and np.all(each >= 0) and each.any())
+        require(good, f"{dataset.name}: class_weight={weight!r} is none: give balanced, or {classes} numbers >= 0.")
+    whole = each[labels] * dataset.train.get("weight", 1.0)
+    return dataclasses.replace(dataset, train={**dataset.train, "weight": whole.astype(np.float32)})
 
 
 def with_labels(dataset: Dataset, labels: Any) -> Dataset:
@@ -295,6 +324,13 @@ def _labels(y: Any, what: str) -> np.ndarray:
         array = np.char.strip(array.astype(str))
         require(bool(np.all(array != "")), f"{what}: one is empty.")
     return array
+
+
+def _weights(name: str, weight: Any, count: int) -> np.ndarray:
+    array = np.asarray(weight)
+    good, found = array.dtype.kind in "buif" and array.shape == (count,), f"{array.dtype} {list(array.shape)}"
+    require(good, f"{name}: weights are {found}: expected a number for each of {count} examples.")
+    return array.astype(np.float32)
 
 
 def _encoded(name: str, parts: dict[str, np.ndarray]) -> tuple[list[str], dict[str, np.ndarray]]:
