@@ -141,6 +141,8 @@ def test_prepared_data_are_read(tmp_path: Path) -> None:
 
     Mnist(data_dir=tmp_path, file_format="array_record").download_and_prepare()
     mnist = load("mnist", tmp_path)
+    for deeper in ("mnist", "mnist/3.0.1"):
+        assert load("mnist", tmp_path / deeper).sha256 == mnist.sha256
     for read, labels in ((mnist.train["inputs"], mnist.train["labels"]), (mnist.test["inputs"], mnist.test["labels"])):
         np.testing.assert_array_equal(read[np.argsort(labels)], images)  # TFDS shuffles
 

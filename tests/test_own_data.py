@@ -190,7 +190,7 @@ BAD_INPUTS = {
     "no feature": (TABLE[:, :0], "there is no example"),
     "ragged": ([[1.0], [1.0, 2.0]] * 15, "are ragged"),
     "dates": (np.zeros((N, 2), "datetime64[s]"), "expected numbers"),
-    "too few": (X[:-1], "29 inputs have 30 labels"),
+    "too few": (X[:-1], "29 (test )?inputs have 30"),
     **{
         f"{bad} at {i}": (changed(TABLE, (i, 2), bad), f"at index {i} is not finite")
         for bad in (np.nan, np.inf, -np.inf)
@@ -217,13 +217,14 @@ BAD_LABELS = {
     "one name": (np.array(["a"] * N), "all labels are a: expected two classes"),
 }
 BAD_TESTS = {
-    "lengths": ((X, Y[:-1]), "test: 30 inputs have 29 labels"),
+    "lengths": ((X, Y[:-1]), "30 test inputs have 29 test labels"),
     "an unknown class": ((X, changed(Y, 4, 9)), "the test label '9' at index 4 has no training example"),
-    "another size": ((X[:, 1:], Y), "train inputs are .* and test inputs"),
-    "other channels": ((X[..., :1], Y), "train inputs are .* and test inputs"),
+    "another size": ((X[:, 1:], Y), "test inputs are uint8 .* and the training inputs uint8"),
+    "other channels": ((X[..., :1], Y), "test inputs are uint8 .* and the training inputs uint8"),
     "nothing": ((X[:0], Y[:0]), "there is no example"),
     "words": ((np.array(["x"] * N), Y), "test inputs are <U1"),
     "halves": ((X, Y + 0.5), "test labels are float64"),
+    "floats for bytes": ((X / 255, Y), "test inputs are float32 .* and the training inputs uint8"),
     "names for numbers": ((X, NAMES[Y]), "the test label 'cat' at index 0"),
 }
 BAD_CLEAN = {
@@ -238,8 +239,8 @@ BAD_CLEAN = {
     "all": (np.arange(N), "class 0 has no other example"),
     "all of a class": ([0, 1, *range(2, N, 3)], "class 2 has no other example"),
     "too few marks": (np.ones(7, bool), "7 marks of clean examples for 30"),
-    "pair of lengths": ((X[:3], Y[:2]), "clean: 3 inputs have 2 labels"),
-    "another size": ((X[:3, 1:], Y[:3]), r"clean inputs are \(3, 5, 3\) and the others"),
+    "pair of lengths": ((X[:3], Y[:2]), "3 clean inputs have 2 clean labels"),
+    "another size": ((X[:3, 1:], Y[:3]), r"clean inputs are uint8 \(3, 5, 3\) and the training inputs"),
     "three parts": ((X[:3], Y[:3], Y[:3]), "clean has 3 parts"),
     "NaN": ((changed(X[:3].astype(float), (0, 0), np.nan), Y[:3]), "not finite"),
 }

@@ -21,7 +21,7 @@ def read_tfds(data_dir: Path, download: bool, name: str, splits: Sequence[str], 
     """Read splits of a prepared TFDS data set; needs no TensorFlow.
 
     Args:
-      data_dir: holds `name`/version/dataset_info.json and array_record files.
+      data_dir: holds `name`/version/dataset_info.json and array_record files; or the folder `name` in it.
       download: whether to prepare what is missing.
       name: TFDS name.
       splits: names of splits.
@@ -45,8 +45,12 @@ def read_tfds(data_dir: Path, download: bool, name: str, splits: Sequence[str], 
 
 
 def _prepared(data_dir: Path, name: str) -> Path | None:
-    """The newest version of a data set, sought without TFDS: its errors mislead where data are missing."""
-    found = [p.parent for p in (data_dir / name).glob("*/dataset_info.json")]
+    """The newest version of a data set, sought without TFDS: its errors mislead where data are missing.
+
+    The folder of the set itself, or of one of its versions, does as well.
+    """
+    folder = next((place for place in (data_dir, data_dir.parent) if place.name == name), data_dir / name)
+    found = [p.parent for p in folder.glob("*/dataset_info.json")]
     versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
     return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
 

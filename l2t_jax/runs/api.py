@@ -32,6 +32,7 @@ from l2t_jax.runs.setting import Entry, Own, Setting, build_setting
 from l2t_jax.runs.training import Outcome
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load, settings_for
+from l2t_jax.tasks.own import as_inputs
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Array, Loss, Method, MethodState, Student, Teacher
 
@@ -54,12 +55,13 @@ class Result:
         """What the students say of inputs [n, ...], raw as those they were trained on: means over seeds [n, C]."""
         self._require()
         parts, dataset = self.setting.parts, self.setting.dataset
-        inputs = np.asarray(x)
-        expected = dataset.train["inputs"].shape[1:]
-        if inputs.shape[1:] != expected and (*inputs.shape[1:], 1) == expected:
-            inputs = inputs[..., None]
-        if inputs.shape[1:] != expected:
-            raise ValueError(f"inputs are {list(inputs.shape)}: expected [n, {', '.join(map(str, expected))}].")
+        train = dataset.train["inputs"]
+        inputs = as_inputs(x, "inputs")
+        if inputs.dtype != train.dtype or inputs.shape[1:] != train.shape[1:]:
+            raise ValueError(
+                f"inputs are {inputs.dtype} {list(inputs.shape)}: expected {train.dtype} [n, "
+                f"{', '.join(map(str, train.shape[1:]))}], raw as those that were trained on."
+            )
         data = {"inputs": inputs, "labels": np.zeros(len(inputs), np.int32)}
         batch = parts.task.gather(data, jnp.arange(len(inputs)), None)
         each = [jax.nn.softmax(parts.student.apply(s.student.variables, batch.inputs, False)[0]) for s in self.states]

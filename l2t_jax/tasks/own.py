@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from l2t_jax.data import DataError, Dataset, at, hold_out, require
+from l2t_jax.data import DataError, Dataset, hold_out, require
 from l2t_jax.data.files import column_of, image_files, in_a_line, number_in, read_arrays, read_csv, read_images
 from l2t_jax.tasks.classification import Classes, check
 
@@ -56,50 +56,40 @@ def from_arrays(
     Raises:
       DataError: one line says what does not fit.
     """
-    train_x, given = _inputs(x, f"{name}: inputs"), _labels(y, f"{name}: labels")
-    _same_length(name, train_x, given)
-    parts = {"train": given}
+    inputs, labels = {}, {}
+    inputs["train"], labels["train"] = _pair(name, "", (x, y))
     if test is not None:
-        test_x, parts["test"] = _inputs(test[0], f"{name}: test inputs"), _labels(test[1], f"{name}: test labels")
-        _same_length(f"{name} test", test_x, parts["test"])
-    apart = isinstance(clean, tuple)
+        inputs["test"], labels["test"] = _pair(name, "test ", test)
     if isinstance(clean, tuple):
-        require(len(clean) == 2, f"{name}: clean has {len(clean)} parts, expected (inputs, labels), or indices.")
-        clean_x, parts["clean"] = _inputs(clean[0], f"{name}: clean inputs"), _labels(clean[1], f"{name}: clean labels")
-        _same_length(f"{name} clean", clean_x, parts["clean"])
-        require(
-            clean_x.shape[1:] == train_x.shape[1:],
-            f"{name}: clean inputs are {clean_x.shape[1:]} and the others {train_x.shape[1:]}.",
-        )
+        inputs["clean"], labels["clean"] = _pair(name, "clean ", clean)
+    for part, array in inputs.items():
+        kinds = [f"{given.dtype} {given.shape[1:]}" for given in (array, inputs["train"])]
+        require(kinds[0] == kinds[1], f"{name}: {part} inputs are {kinds[0]} and the training inputs {kinds[1]}.")
+    count = len(labels["train"])
     if true is not None:
-        parts["true"] = _labels(true, f"{name}: true labels")
-        require(
-            len(parts["true"]) == len(given), f"{name}: {len(parts['true'])} true labels beside {len(given)} labels."
-        )
-    values, encoded = _encoded(name, parts)
-    train = {"inputs": train_x, "labels": encoded["train"]}
-    if weight is not None:
-        train["weight"] = _weights(name, weight, len(given))
-    if true is not None:
-        train["true"] = encoded["true"]
-    if apart:
-        extra = {"inputs": clean_x.astype(train_x.dtype), "labels": encoded["clean"]}
-        extra |= {"true": encoded["clean"]} if true is not None else {}
-        extra |= {"weight": np.ones(len(clean_x), np.float32)} if weight is not None else {}
+        labels["true"] = _labels(true, f"{name}: true labels")
+        require(len(labels["true"]) == count, f"{name}: {len(labels['true'])} true labels beside {count} labels.")
+    values, places = _encoded(name, labels)
+    train = {"inputs": inputs["train"], "labels": places["train"]}
+    train |= {} if true is None else {"true": places["true"]}
+    train |= {} if weight is None else {"weight": _weights(name, weight, count)}
+    if "clean" in inputs:
+        ones = np.ones(len(inputs["clean"]), np.float32)
+        extra = {"inputs": inputs["clean"], "labels": places["clean"], "true": places["clean"], "weight": ones}
         train = {leaf: np.concatenate([train[leaf], extra[leaf]]) for leaf in train}
-    mean, std = _moments(train["inputs"])
-    numbered = [str(place) for place in range(len(values))]
-    info = Classes(len(values), mean, std, names=() if values == numbered else tuple(values))
+    meta = len(labels.get("clean", ()))
     if test is None:
-        few = [value for value, size in zip(values, np.bincount(encoded["train"]), strict=False) if size < FEWEST]
+        few = [value for value, size in zip(values, np.bincount(places["train"]), strict=False) if size < FEWEST]
         told = f"class {', '.join(few[:3])} has fewer than {FEWEST} examples"
         require(not few, f"{name}: {told}: give a test set, or leave it out.")
-        dataset = Dataset(name, train, at(train, slice(1)), info, meta=len(encoded["clean"]) if apart else 0)
-        dataset = hold_out(dataset, HELD_OUT, strata=train["labels"])
+        nothing = {leaf: train[leaf][:1] for leaf in ("inputs", "labels")}
+        dataset = hold_out(Dataset(name, train, nothing, meta=meta), HELD_OUT, strata=train["labels"])
     else:
-        held = {"inputs": test_x.astype(train_x.dtype), "labels": encoded["test"]}
-        dataset = Dataset(name, train, held, info, meta=len(encoded["clean"]) if apart else 0)
-    if clean is not None and not apart:
+        dataset = Dataset(name, train, {"inputs": inputs["test"], "labels": places["test"]}, meta=meta)
+    names = () if values == [str(place) for place in range(len(values))] else tuple(values)
+    info = Classes(len(values), *_moments(dataset.train["inputs"]), names=names)
+    dataset = dataclasses.replace(dataset, info=info)
+    if clean is not None and not isinstance(clean, tuple):
         dataset = with_clean(dataset, np.asarray(clean))
     check(dataset)
     return dataset
@@ -281,8 +271,15 @@ def from_folder(path: str | Path, *, size: tuple[int, int] | None = None) -> Dat
     return from_arrays(both[: len(files)], labels, test=pair, name=path.name)
 
 
-def _inputs(x: Any, what: str) -> np.ndarray:
-    """uint8 as it is, all else in single precision; images with an axis of channels."""
+def as_inputs(x: Any, what: str) -> np.ndarray:
+    """Inputs as data sets hold them: uint8 as it is, all else in single precision; images with an axis of channels.
+
+    Args:
+      x: features [n, F], or images [n, H, W] or [n, H, W, c].
+      what: what to call them.
+    Raises:
+      DataError: they are none of these, ragged, not numbers or not finite.
+    """
     try:
         array = np.asarray(x)
     except ValueError as error:
@@ -367,8 +364,12 @@ def _moments(inputs: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     return tuple(map(float, mean)), tuple(map(float, np.where(std > 0, std, 1.0)))
 
 
-def _same_length(name: str, x: np.ndarray, y: np.ndarray) -> None:
-    require(len(x) == len(y), f"{name}: {len(x)} inputs have {len(y)} labels.")
+def _pair(name: str, what: str, pair: tuple[Any, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and labels of a part, as many of each."""
+    require(len(pair) == 2, f"{name}: {what.strip()} has {len(pair)} parts, expected (inputs, labels), or indices.")
+    x, y = as_inputs(pair[0], f"{name}: {what}inputs"), _labels(pair[1], f"{name}: {what}labels")
+    require(len(x) == len(y), f"{name}: {len(x)} {what}inputs have {len(y)} {what}labels.")
+    return x, y
 
 
 def _name(dataset: Dataset, classes: np.ndarray) -> str:
