@@ -22,6 +22,11 @@ Main = Callable[[list[str]], None]  # of the arguments that are left, which are 
 
 def start(main: Main) -> None:
     """Entry point of a module: quiet libraries, then absl."""
+    if not flags.FLAGS.get_key_flags_for_module(
+        sys.argv[0]
+    ):  # a script of somebody's own: its --help teaches too
+        for flag in flags.FLAGS.get_key_flags_for_module(_flags):
+            flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets and orbax tell much; --verbosity=0 brings it back
     app.run(main, flags_parser=_flags.parse_arguments)
 
@@ -103,4 +108,6 @@ def run_one(config: Config, options: Options) -> int:
 def _go_on(experiment: str, options: Options) -> str:
     # Of a flag given twice the last counts.
     again = shlex.join([*sys.argv[1:], f"--workdir={options.workdir}", "--resume"])
-    return f"go on with: python -m experiments.{experiment} {again}"
+    script = getattr(sys.modules["__main__"], "__spec__", None) is None  # somebody's own file, run by its path
+    what = shlex.quote(sys.argv[0]) if script else f"-m experiments.{experiment}"
+    return f"go on with: python {what} {again}"
