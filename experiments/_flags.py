@@ -306,7 +306,7 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 
 def parse_arguments(argv: list[str]) -> list[str]:
-    """Parse the command line for `app.run`: a bad flag is one line and exit code 2. Of an earlier one nothing is left."""
+    """Parse the command line for `app.run`: a bad flag is one line and exit code 2. An earlier one is gone."""
     FLAGS.unparse_flags()
     try:
         rest = FLAGS(argv)
