@@ -22,9 +22,7 @@ Main = Callable[[list[str]], None]  # of the arguments that are left, which are 
 
 def start(main: Main) -> None:
     """Entry point of a module: quiet libraries, then absl."""
-    if not flags.FLAGS.get_key_flags_for_module(
-        sys.argv[0]
-    ):  # a script of somebody's own: its --help teaches too
+    if not flags.FLAGS.get_key_flags_for_module(sys.argv[0]):  # a script of somebody's own: its --help teaches too
         for flag in flags.FLAGS.get_key_flags_for_module(_flags):
             flags.FLAGS.register_key_flag_for_module(sys.argv[0], flag)
     logging.set_verbosity(logging.ERROR)  # tensorflow-datasets and orbax tell much; --verbosity=0 brings it back

@@ -161,6 +161,8 @@ def test_a_run_goes_on_and_a_changed_set_is_refused(taught):
         ({"data": "/nowhere.npz"}, "is not there"),
         ({"data": "digts"}, "Did you mean digits"),
         ({"batch_size": 10_000}, "fewer than batch_size=10000"),
+        ({"knobs": {"sgd.momenta": 0.9}}, "knob 'sgd.momenta' is unknown.*Did you mean sgd.momentum"),
+        ({"knobs": {"focal.gamma": 0.9}}, "knob 'focal.gamma' is unknown"),
         ({"student_knobs": {"depth": 3}}, "depth=3 is no knob of"),
         ({"student_knobs": {"width": 0}}, "width=0 is not a positive integer"),
     ],
@@ -169,6 +171,18 @@ def test_bad_arguments_get_a_line(given, line, tmp_path):
     with pytest.raises(ValueError, match=line) as error:
         train(**{"method": "cross_entropy", "data": noisy_digits(), "workdir": tmp_path / "r", **FEW} | given)
     assert "\n" not in str(error.value)
+
+
+def test_knobs_change_what_is_run(tmp_path):
+    runs = {}
+    for name, knobs in (("plain", {}), ("heavy", {"sgd.momentum": 0.9}), ("focal", {"focal.gamma": 5.0})):
+        method = "focal" if name == "focal" else "cross_entropy"
+        runs[name] = train(method, noisy_digits(), workdir=tmp_path / name, knobs=knobs, **FEW | {"seeds": 1})
+    plain, heavy = (jax.tree.leaves(runs[name].states[0].student.params) for name in ("plain", "heavy"))
+    assert any(np.any(a != b) for a, b in zip(plain, heavy, strict=True))
+    z, y = jnp.array([[2.0, *[0.0] * 9]]), jnp.array([0])
+    p = jax.nn.softmax(z)[0, 0]
+    np.testing.assert_allclose(runs["focal"].loss(z, y)[0], -((1 - p) ** 5) * jnp.log(p), rtol=1e-5)
 
 
 def test_a_call_leaves_nothing_for_the_next(taught, tmp_path):
@@ -244,6 +258,11 @@ def test_own_data_are_not_corrupted_unless_that_is_asked_for(files):
         ),
         (noisy_labels, ("--labels={}/labels.npz:worse", "--noise_ratio=0.1"), "--noise_ratio would make labels wrong"),
         (noisy_labels, ("--labels=clean",), "labels are made wrong here"),
+        (
+            noisy_labels,
+            ("--clean={}/clean.npy", "--noise=flip"),
+            "100 clean examples are apart already",
+        ),
         (classification, ("--labels=noisy",), "--labels=noisy is of tables"),
         (classification, ("--labels={}/none.npy",), "none.npy is not there"),
         (classification, ("--labels={}/labels.npz:better",), "holds worse: say which"),

@@ -97,6 +97,8 @@ def with_noise(dataset: Dataset, kind: str, ratio: float, meta: int, seed: int) 
         raise DataError(f"{dataset.name}: wrong labels are of classes, and this data set has none: leave noise out.")
     if "true" in dataset.train:
         raise DataError(f"{dataset.name}: its labels are wrong already, beside the true ones: leave noise out.")
+    if dataset.meta:
+        raise DataError(f"{dataset.name}: {dataset.meta} clean examples are apart already: leave noise out.")
     labels = dataset.train["labels"]
     matrix = transition(kind, ratio, classes, seed)
     order = np.random.default_rng((seed, 2)).permutation(len(labels))

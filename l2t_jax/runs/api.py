@@ -19,10 +19,12 @@ import optax
 
 from l2t_jax.data import Dataset
 from l2t_jax.inputs import known
+from l2t_jax.knobs import knobs_of
 from l2t_jax.losses import LOSSES
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.methods import method_names
+from l2t_jax.methods import KNOBS, method_names
 from l2t_jax.methods.parts import Parts
+from l2t_jax.optimizers import STUDENT_OPTIMIZERS
 from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs import examples, finals
 from l2t_jax.runs.config import Config, Options, UsageError
@@ -117,6 +119,7 @@ def train(
     memory: str = "auto",
     task: str = "classification",
     student_knobs: dict[str, Any] | None = None,
+    knobs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
     **settings: Any,
@@ -136,6 +139,7 @@ def train(
       memory: mode of the hypergradient.
       task: a name of TASKS.
       student_knobs: keywords of the student's builder, e.g. {"width": 64}.
+      knobs: of a method, a loss or the student's optimizer, e.g. {"meta_weight_net.lr": 0.01, "sgd.momentum": 0.9}.
       workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
       resume: go on with the run that is there.
       **settings: rows of the sheet, e.g. student_lr=0.1, unroll_length=10, and validation_ratio.
@@ -168,6 +172,7 @@ def train(
         settings=dataclasses.replace(column, **settings),
         task=task,
         student_knobs=dict(student_knobs or {}),
+        knobs=_checked(knobs or {}, name, settings.get("student_optimizer", column.student_optimizer)),
     )
     stamp = time.strftime("%Y%m%d-%H%M%S")
     options = Options(
@@ -189,6 +194,15 @@ def train(
     states = [outcome.state for outcome in finished if isinstance(outcome, Outcome) and not reason(outcome)]
     score = summary["methods"][entry.name]["score"]
     return Result(score["mean"], score["per_seed"], summary, Path(options.workdir), setting, entry, states)
+
+
+def _checked(knobs: dict[str, Any], method: str, optimizer: str) -> dict[str, Any]:
+    """Knobs of the method and of the student's optimizer, which exist."""
+    builders = {name: build for name, build in {**KNOBS, **STUDENT_OPTIMIZERS}.items() if name in (method, optimizer)}
+    names = [f"{name}.{knob}" for name, build in builders.items() for knob in knobs_of(build)]
+    for knob in knobs:
+        known(f"knob {knob!r}", knob, names, UsageError)
+    return knobs
 
 
 def _named(what: str, given: Any, names: dict[str, Any]) -> str:

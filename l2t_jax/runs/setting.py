@@ -200,6 +200,7 @@ def prepare(config: Config, options: Options) -> Dataset:
         ("clean", config.clean, read_clean, with_clean),
     ):
         try:
+            require(file is None or spec.classes, f"it is of classes, and {dataset.name} has none.")
             dataset = dataset if file is None else put(dataset, read(file))
         except DataError as error:
             raise DataError(f"--{flag}={file}: {error}") from error
