@@ -18,11 +18,12 @@ from experiments import classification, noisy_labels
 from l2t_jax import from_arrays, train
 from l2t_jax.losses import LOSSES, make_loss
 from l2t_jax.methods.fixed_loss import fixed_loss
-from l2t_jax.runs import finals
+from l2t_jax.runs import finals, reporting
 from l2t_jax.runs.records import WorkdirError
 from l2t_jax.students import mlp
 from l2t_jax.teachers import TEACHERS
 
+pytestmark = pytest.mark.usefixtures("small_lstm", "no_pictures")
 DIGITS, LABELS = load_digits(return_X_y=True)
 NAMES = np.array(["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine"])
 FEW = {"student_knobs": {"width": 16}, "memory": "save", "unroll_length": 3, "rounds": 5, "seeds": 2}
@@ -47,7 +48,14 @@ def noisy_digits():
 
 
 @pytest.fixture(scope="module")
-def taught(tmp_path_factory):
+def no_pictures():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(reporting, "draw", lambda *_: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def taught(tmp_path_factory, small_lstm, no_pictures):
     return train("l2t_dln", noisy_digits(), workdir=tmp_path_factory.mktemp("api") / "run", **FEW)
 
 
