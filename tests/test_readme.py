@@ -52,7 +52,7 @@ def test_python_examples_run(registries, tmp_path, monkeypatch):
     for which, whole in zip(names, (x, y), strict=True):
         namespace |= {name: whole[part] for name, part in zip(which, parts, strict=True)}
     for block in blocks:
-        short = block.replace("rounds=200, seeds=3", "rounds=2, seeds=1")
+        short = block.replace("rounds=200, seeds=3", 'rounds=2, seeds=1, teacher="adam"')
         exec(compile(short, "README.md", "exec"), namespace)
     assert namespace["result"].error > 0 and namespace["data"].meta == 200
     # What the reader has added is known to the command line, and learns.
