@@ -78,6 +78,14 @@ def test_one_seed_predicts_what_its_score_says(tmp_path):
     assert result.score == pytest.approx(np.mean(result.predict(DIGITS[1400:]) == NAMES[LABELS[1400:]]))
 
 
+def test_predictions_are_called_as_labels_are(tmp_path):
+    data = from_arrays(DIGITS[:300], LABELS[:300] + 1, test=(DIGITS[300:400], LABELS[300:400] + 1))
+    result = train("cross_entropy", data, workdir=tmp_path / "r", **FEW | {"seeds": 1, "rounds": 20})
+    assert (
+        result.score == pytest.approx(np.mean(result.predict(DIGITS[300:400]) == LABELS[300:400] + 1)) and result.score
+    )
+
+
 def test_a_row_for_each_example(taught):
     found = taught.examples
     np.testing.assert_array_equal(found.index, np.arange(300))

@@ -57,7 +57,7 @@ def test_arrays(x, shape, dtype, labels):
     np.testing.assert_allclose(inputs.mean(0), 0, atol=1e-4)
     np.testing.assert_allclose(inputs.std(0), 1, rtol=1e-3)
     own = sorted(set(np.ravel(labels).tolist()))
-    assert data.info.names == (() if own == [0, 1, 2] else tuple(f"{name}" for name in own))
+    assert data.info.names == (() if own == [0, 1, 2] else tuple(int(x) if isinstance(x, float) else x for x in own))
 
 
 def test_classes_are_in_the_order_of_their_numbers_then_names():

@@ -30,7 +30,7 @@ class Classes:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     augment: bool = False  # whether training images are cropped and flipped at random
-    names: tuple[str, ...] = ()  # of the classes, where they have any; else they are called 0, 1, ...
+    names: tuple[str | int, ...] = ()  # of the classes, as labels have them; (): 0, 1, ...
 
 
 def classification(dataset: Dataset) -> Task:

@@ -86,7 +86,9 @@ def from_arrays(
         dataset = hold_out(Dataset(name, train, nothing, meta=meta), HELD_OUT, strata=train["labels"])
     else:
         dataset = Dataset(name, train, {"inputs": inputs["test"], "labels": places["test"]}, meta=meta)
-    names = () if values == [str(place) for place in range(len(values))] else tuple(values)
+    numbers = labels["train"].dtype.kind in "iu"
+    names = tuple(int(value) if numbers else value for value in values)
+    names = () if names == tuple(range(len(values))) else names
     info = Classes(len(values), *_moments(dataset.train["inputs"]), names=names)
     dataset = dataclasses.replace(dataset, info=info)
     if clean is not None and not isinstance(clean, tuple):
@@ -133,7 +135,7 @@ def with_labels(dataset: Dataset, labels: Any) -> Dataset:
     assert index is not None
     whole = int(index.max()) + 1
     require(len(given) >= whole, f"{dataset.name}: {len(given)} labels for {whole} training examples: give all.")
-    names = list(dataset.info.names) or [str(place) for place in range(classes)]
+    names = [str(name) for name in dataset.info.names] or [str(place) for place in range(classes)]
     places = {name: place for place, name in enumerate(names)}
     texts = [str(value) for value in given]
     unknown = [(place, text) for place, text in enumerate(texts) if text not in places]
