@@ -58,6 +58,9 @@ def test_every_method_gives_a_record(table):
     assert learned["cross_entropy"] == {"loss": 0, "teacher": 0}
     assert learned["meta_weight_net"]["loss"] == 1 * 100 + 100 + 100 * 1 + 1
     assert not (table / "cells" / "digits_mlp_flip240_l2t_dln" / "checkpoints").exists()
+    for name in METHODS:  # what was learned leaves with every cell
+        place = table / "cells" / f"digits_mlp_flip240_{name}"
+        assert (place / "examples.csv").exists() and (place / "final" / f"{name}_seed_1.npz").exists()
 
 
 @pytest.mark.versions

@@ -45,12 +45,11 @@ def report(
 ) -> dict[str, Any]:
     """Write summary.json, a record that stands for itself: results and what config.json holds; returns what it holds.
 
-    The test set is read here. Where the run stands alone, and is no cell of a table, it is plotted, printed unless it
-    is to be quiet, and what it learned is left in files.
+    The test set is read here, and what was learned is left in files. Where the run stands alone, and is no cell of a
+    table, it is plotted too, and printed unless it is to be quiet.
     """
     summary = _summary(setting, entries, outcomes) | json.loads(directory.config_path.read_text())
-    if alone:
-        _leave(setting, entries, outcomes, directory.path, summary)
+    _leave(setting, entries, outcomes, directory.path, summary)
     write_json(directory.path / "summary.json", summary)
     if alone:
         draw(summary, directory.path, directory.plots_dir)
