@@ -307,7 +307,9 @@ def parse_seeds(text: str) -> tuple[int, ...]:
 
 def parse_arguments(argv: list[str]) -> list[str]:
     """Parse the command line for `app.run`: a bad flag is one line and exit code 2. An earlier one is gone."""
-    FLAGS.unparse_flags()
+    for module, given in FLAGS.flags_by_module_dict().items():
+        for flag in given if not module.startswith("absl") else ():  # whose verbosity `start` has set
+            flag.unparse()
     try:
         rest = FLAGS(argv)
         if rest[1:]:
