@@ -7,6 +7,8 @@ import pytest
 from test_own_data import TABLE, C, N, X, Y, said_in_a_line
 
 from l2t_jax.losses import LOSSES
+from l2t_jax.methods import UNWEIGHTED
+from l2t_jax.runs.api import train
 from l2t_jax.students import mlp
 from l2t_jax.tasks import TASKS
 from l2t_jax.tasks.own import from_arrays, with_class_weight
@@ -42,6 +44,23 @@ def test_a_weight_of_zero_is_as_if_the_example_were_not_there():
     ]
     for a, b in zip(*map(jax.tree.leaves, slopes), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", [*UNWEIGHTED, "cross_entropy", "l2t_dln", "meta_weight_net", "slf", "ala"])
+def test_weights_reach_a_method_or_are_refused(method, tmp_path):
+    """A round with weights gives another student than one without; what would lose them says so."""
+    few = {"rounds": 1, "seeds": 1, "memory": "save", "unroll_length": 2, "batch_size": 8, "validation_batch_size": 8}
+    plain = from_arrays(TABLE, Y, test=(TABLE, Y))
+    heavy = with_class_weight(plain, "5,1,0.1")
+    if method in UNWEIGHTED:
+        with pytest.raises(ValueError, match=f"--method={method} takes no weights of examples"):
+            train(method, heavy, workdir=tmp_path / "a", teacher="adam", **few)
+        return
+    few |= {"teacher": "adam", "student_knobs": {"width": 4}}
+    results = [train(method, data, workdir=tmp_path / name, **few) for name, data in (("a", plain), ("b", heavy))]
+    students = [result.states[0].student for result in results]
+    leaves = zip(*(jax.tree.leaves(student.params) for student in students), strict=True)
+    assert any(np.any(a != b) for a, b in leaves)
 
 
 @pytest.mark.parametrize(

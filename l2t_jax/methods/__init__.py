@@ -181,6 +181,8 @@ KNOBS: dict[str, Callable[..., Any]] = {
 }
 
 
+# Which give each example a weight of their own, or a plain mean: weights of examples would be lost without a word.
+UNWEIGHTED = ("l2t_dlf", "l2rw", "mentornet", "mentornet_data_driven")
 # Whose policy, loss or weights are of classes; the others take a task's own errors and its own loss.
 OF_CLASSES = ("l2t_dlf", "ala", "slf", "meta_weight_net", "ml3", "adalfl", "taylor_glo", "bilinear")
 

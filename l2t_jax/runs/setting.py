@@ -17,7 +17,7 @@ from l2t_jax.data.files import read_clean, read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
 from l2t_jax.knobs import knobs_for, knobs_of
-from l2t_jax.methods import TAUGHT, build_method
+from l2t_jax.methods import TAUGHT, UNWEIGHTED, build_method
 from l2t_jax.methods.l2t_dln import STAGES
 from l2t_jax.methods.parts import SCHEDULES, Parts
 from l2t_jax.optimizers import STUDENT_OPTIMIZERS, clip_by_global_norm
@@ -87,6 +87,10 @@ def build_setting(
     sizes = {name: getattr(config.settings, name) for name in ("batch_size", "validation_batch_size")}
     parallel.check(layout, **sizes)
     spec = TASKS[config.task]
+    if "weight" in dataset.train and (lost := [name for name in config.methods if name in UNWEIGHTED]):
+        raise UsageError(
+            f"--method={lost[0]} takes no weights of examples: leave it out, or --class_weight and other weights."
+        )
     task = spec.build(dataset)
     inputs = example_inputs(task, dataset)
     student = own.student or build_student(config, task, inputs, layout.axis_name)

@@ -159,7 +159,7 @@ def features_of(gradient: Array, p: float | None) -> Array:
 
 
 def run_cells(cells: tuple[Cell, ...], hidden: tuple[CellState, ...], x: Array) -> tuple[Array, tuple[CellState, ...]]:
-    """Run one time step of all layers for all coordinates: x [P, F] -> output [P] in (-1, 1), new hidden."""
+    """Run one time step of all layers for all coordinates: x [P, F] -> output [P] in (-1, 1), new states."""
     states = []
     for cell, state in zip(cells, hidden, strict=True):
         gates = x @ cell.input_kernel + state.hidden @ cell.hidden_kernel + cell.input_bias + cell.hidden_bias
