@@ -4,7 +4,8 @@ Legend: B batch, V validation batch, R rows of a batch, C classes, F features, N
 Everything random takes a key; nothing here holds state.
 """
 
-from collections.abc import Callable
+import dataclasses
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, TypedDict
 
 import jax
@@ -35,6 +36,7 @@ class Read(NamedTuple):
     outputs: PyTree  # leaves [R, ...]; logits [R, C] of "rows", a `Head` of "head"
     targets: PyTree  # leaves [R, ...]; classes [R] of "rows"
     weight: Array | tuple[()] = ()  # [R] how much a row counts, 0 where it is ignored; (): all alike
+    scale: float = 1.0  # of the mean over rows: the sum of the weights of several terms that are rows of one mean
 
 
 class Errors(NamedTuple):
@@ -68,6 +70,22 @@ class Head(NamedTuple):
     bias: Array  # [C]; the outputs are features @ kernel + bias
 
 
+class Segmented(NamedTuple):
+    """What a student puts out that classifies pixels."""
+
+    logits: Array  # [B, H, W, C], as large as the image
+    auxiliary: Array | tuple[()] = ()  # [B, H, W, C] of a second head, in training
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Backbone:
+    """The part of a student that is not trained: computed once a batch, never differentiated."""
+
+    variables: PyTree  # NumPy
+    # (variables, inputs [B, ...]) -> what the student's init, apply and head take in place of inputs, leaves [B, ...]
+    apply: Callable[[PyTree, PyTree], PyTree]
+
+
 def unscheduled(params: PyTree, progress: Array) -> PyTree:
     """The schedule of a loss that has none."""
     return params
@@ -96,6 +114,7 @@ class Student(NamedTuple):
     # whether it draws at random in training (dropout): apply and head then take keys [B] as a fourth argument, one for
     # each example, so that how a batch is divided over devices changes nothing; without keys they draw nothing
     draws: bool = False
+    backbone: Backbone | None = None  # what comes before all of this and is not trained
 
 
 class StudentState(NamedTuple):
@@ -147,6 +166,10 @@ class Task(NamedTuple):
     metric: Metric = Metric("accuracy", "%")  # the headline
     outputs: int = 0  # C, what a student puts out for each row: classes, where rows are classified
     draws: bool = False  # whether gather draws at random, and is given keys in training
+    # Where examples are read on the host: (examples, indices [k], None or the seeds of each one's random draws)
+    # -> leaves [k, ...], NumPy, which gather then reads by position; seeds switch augmentation on
+    read: Callable[[PyTree, np.ndarray, Sequence[tuple[int, ...]] | None], PyTree] | None = None
+    scored_at_once: int = 1000  # examples that are measured in one piece, for their memory
 
 
 class MethodState(NamedTuple):
