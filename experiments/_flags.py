@@ -54,14 +54,21 @@ def _by_task(flag: str) -> str:
     return ", ".join(f"{spec.defaults[flag]} for {name}" for name, spec in TASKS.items())
 
 
-STUDENT_KNOBS: dict[str, dict[str, Knob]] = {}  # knob -> student -> what it is there
-for _student, _build in STUDENTS.items():
-    for _name, _knob in knobs_of(_build).items():
-        STUDENT_KNOBS.setdefault(_name, {})[_student] = _knob
+def _knobs(builders: dict[str, Callable[..., Any]]) -> dict[str, dict[str, Knob]]:
+    """What can be set of builders: knob -> builder -> what it is there."""
+    found: dict[str, dict[str, Knob]] = {}
+    for builder, build in builders.items():
+        for name, knob in knobs_of(build).items():
+            found.setdefault(name, {})[builder] = knob
+    return found
 
 
-def _define_knob(name: str, of: dict[str, Knob]) -> None:
-    """A flag for a knob of students; what is not given is left to the builder."""
+STUDENT_KNOBS = _knobs(STUDENTS)
+TASK_KNOBS = _knobs({name: spec.build for name, spec in TASKS.items()})
+
+
+def _define_knob(what: str, name: str, of: dict[str, Knob]) -> None:
+    """A flag for a knob of students or tasks; what is not given is left to the builder."""
     told: dict[tuple[Any, str], list[str]] = {}
     for student, knob in of.items():
         told.setdefault((knob.default, knob.text), []).append(student)
@@ -69,7 +76,7 @@ def _define_knob(name: str, of: dict[str, Knob]) -> None:
     kind = type(next(iter(of.values())).default)
     define: dict[type, Callable[..., Any]]
     define = {int: flags.DEFINE_integer, float: flags.DEFINE_float, bool: flags.DEFINE_bool, str: flags.DEFINE_string}
-    define[kind](name, None, f"Of the student. {text}.")
+    define[kind](name, None, f"Of the {what}. {text}.")
 
 
 flags.DEFINE_string("task", "classification", f"{_choices(TASKS)}. What is learned.")
@@ -114,7 +121,9 @@ flags.DEFINE_string(
     "student", None, f"{_choices(STUDENTS)}. The network that is taught. Default: {_by_task('student')}."
 )
 for _name, _of in STUDENT_KNOBS.items():
-    _define_knob(_name, _of)
+    _define_knob("student", _name, _of)
+for _name, _of in TASK_KNOBS.items():
+    _define_knob("task", _name, _of)
 flags.DEFINE_string(
     "method",
     None,
@@ -235,6 +244,8 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
     Raises:
       UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
     """
+    if task is not None and not FLAGS["task"].present:
+        FLAGS.task = task
     of_task = spec()
     if task not in (None, FLAGS.task):
         raise UsageError(f"--task={FLAGS.task} is not what experiments.{experiment} is for: use experiments.compare.")
@@ -259,7 +270,8 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         clean=FLAGS.clean,
         class_weight=FLAGS.class_weight,
         student=known("student", given("student"), STUDENTS),
-        student_knobs=_student_knobs(),
+        student_knobs=_given_knobs(STUDENT_KNOBS),
+        task_knobs=_task_knobs(),
         methods=methods,
         preset=FLAGS.preset,
         teacher=known("teacher", FLAGS.teacher, TEACHERS),
@@ -370,9 +382,22 @@ def given_labels() -> str | None:
     return None if FLAGS.labels in KINDS_OF_LABELS else FLAGS.labels
 
 
-def _student_knobs() -> dict[str, Any]:
-    """The student's knobs that flags give."""
-    return {name: FLAGS[name].value for name in STUDENT_KNOBS if FLAGS[name].value is not None}
+def _given_knobs(known_ones: Iterable[str]) -> dict[str, Any]:
+    """The knobs that flags give."""
+    return {name: FLAGS[name].value for name in known_ones if FLAGS[name].value is not None}
+
+
+def _task_knobs() -> dict[str, Any]:
+    """The task's knobs that flags give.
+
+    Raises:
+      UsageError: one is of another task.
+    """
+    found = _given_knobs(TASK_KNOBS)
+    for name, value in found.items():
+        if FLAGS.task not in TASK_KNOBS[name]:
+            raise UsageError(f"--{name}={value} is of {_choices(TASK_KNOBS[name])}, not of --task={FLAGS.task}.")
+    return found
 
 
 def given_settings() -> dict[str, Any]:

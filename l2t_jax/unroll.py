@@ -13,7 +13,9 @@ from jax import lax
 
 from l2t_jax.inputs import as_arrays, check_carried, check_floats, check_inner, check_outer, length_of
 from l2t_jax.optimizers import check_optimizer, update_with
-from l2t_jax.types import Array, Batch, Errors, Loss, PyTree, Student, StudentState, Task
+from l2t_jax.types import Array, Batch, Errors, Loss, PyTree, Read, Student, StudentState, Task
+
+PIECE = 2**17  # predictions, rows times classes, that a loss is computed of at once
 
 # (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
 InnerLoss = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
@@ -78,14 +80,39 @@ def losses_for(task: Task, loss: Loss) -> Callable[..., Errors]:
     def losses_of(params: PyTree, outputs: Any, batch: Batch, **weights: Array) -> Errors:
         read = view(outputs, batch.targets)
         count = jax.tree.leaves(read.targets)[0].shape[0]
-        values = loss.apply(params, read.outputs, read.targets, **weights)
+        values = in_pieces(loss, params, read, **weights)
         if values.shape != (count,):
             raise ValueError(
                 f"The loss gives {list(values.shape)} for {count} examples; expected one value for each, not reduced."
             )
-        return Errors(values, both_weights(read.weight, batch.weight, count))
+        scaled = values if read.scale == 1 else read.scale * values
+        return Errors(scaled, both_weights(read.weight, batch.weight, count))
 
     return losses_of
+
+
+def in_pieces(loss: Loss, params: PyTree, read: Read, **weights: Array) -> Array:
+    """The values [R] of a loss; of many rows that are classified, pixels say, some after the others.
+
+    Only what a piece of `PIECE` predictions needs is in memory at a time: its values are computed again on the way
+    back, for derivatives of any order. The numbers are those of one piece.
+    """
+    outputs, rows = read.outputs, (read.outputs, read.targets, weights)
+    apply = lambda outputs, targets, weights: loss.apply(params, outputs, targets, **weights)  # noqa: E731
+    if loss.reads != "rows" or not hasattr(outputs, "ndim") or outputs.ndim != 2 or outputs.size <= PIECE:
+        return apply(*rows)
+    count = outputs.shape[0]
+    most = max(1, PIECE // outputs.shape[1])
+    # A divisor needs no padding, which copies all rows.
+    size = next((k for k in range(most, most // 2, -1) if count % k == 0), most)
+    pieces = -(-count // size)
+    fill = lambda x: jnp.concatenate([x, jnp.repeat(x[:1], pieces * size - count, axis=0)])  # noqa: E731
+    whole = rows if pieces * size == count else jax.tree.map(fill, rows)
+    split = jax.tree.map(lambda x: x.reshape(pieces, size, *x.shape[1:]), whole)
+    values = lax.map(jax.checkpoint(lambda piece: apply(*piece), prevent_cse=False), split)
+    if values.shape != (pieces, size):
+        return values  # reduced: its caller says so
+    return values.reshape(-1)[:count]
 
 
 def both_weights(of_rows: Array | tuple[()], of_examples: Array | tuple[()], count: int) -> Array | tuple[()]:

@@ -303,7 +303,7 @@ def the_data_are_good_unless_changed():
 # Losses of one's own
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_a_loss_of_ours_passes(name):
     check_loss(LOSSES[name](), 10)
 
@@ -493,7 +493,7 @@ def refuses(loss, outputs, targets, line, traced):
     said_in_a_line(error, line, longest=500)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_targets_of_every_loss(name):
     loss = build_loss(name, 3)
     for outputs, targets, line in BAD_TARGETS.values():
@@ -529,7 +529,7 @@ def test_methods_say_that_they_are_of_classes(targets):
         said_in_a_line(error, r"targets are float32\[.*a loss of classes expects integers \[7\]", longest=500)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_weights_and_masks_of_every_loss(name):
     loss = build_loss(name, 3)
     params, read = loss.init(jax.random.key(0)), as_read(loss, jnp.asarray(Z))

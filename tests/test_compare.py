@@ -178,7 +178,11 @@ def test_groups_and_failures_are_told():
 def test_published_numbers_name_what_can_be_run():
     for setup, method in PUBLISHED:
         assert setup.dataset in DATASETS and method in method_names()
-    assert set(LOSSES) - set(method_names()) == {"dln", "weight_net"}  # l2t_dln's and meta_weight_net's
+    assert set(LOSSES) - set(method_names()) == {
+        "dln",
+        "linear_dln",
+        "weight_net",
+    }  # l2t_dln's and meta_weight_net's
 
 
 def test_noisy_labels_resumes_with_its_observations(tmp_path):

@@ -167,8 +167,8 @@ def test_one_seed_that_diverges_does_not_stop_the_others(tmp_path, monkeypatch, 
 
     real = training._dispatch
 
-    def poisoned(seed, done, count, schedule):
-        dispatch = real(seed, done, count, schedule)
+    def poisoned(seed, done, *rest):
+        dispatch = real(seed, done, *rest)
         if seed == 1 and done >= 1:
             # An index past the end is filled with NaN by the gather below.
             return dispatch._replace(validation=np.full_like(dispatch.validation, 2**30))

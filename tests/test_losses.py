@@ -7,8 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import toy
 
-from l2t_jax.losses import LOSSES, build_loss, check_loss, fixed, fixed_losses
+from l2t_jax.losses import build_loss, check_loss, fixed, fixed_losses
 from l2t_jax.losses.checking import as_read
 from l2t_jax.types import Head
 
@@ -49,14 +50,14 @@ def computed(name):
     return compute(loss.init(jax.random.key(1)))
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_unreduced_and_each_example_by_itself(name):
     found = computed(name)
     chex.assert_shape(found["plain"], (6,))
     chex.assert_trees_all_close(found["one by one"], found["plain"], rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 @pytest.mark.parametrize("dtype", ["float64", "float32"])
 def test_dtype_follows_outputs(name, dtype, x64):
     """In a float64 program too, a float32 loss stays one, and its schedule keeps the dtype of its parameters."""
@@ -68,13 +69,15 @@ def test_dtype_follows_outputs(name, dtype, x64):
     assert jax.eval_shape(loss.apply, scheduled, read, TARGETS).dtype == dtype
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_first_and_second_derivatives_are_finite(name):
     """At equal logits and at hopelessly wrong ones too: the student's second derivative is what teaches."""
     chex.assert_tree_all_finite(computed(name)["derivatives"])
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "weight_net"])  # its derivative is cut by design
+@pytest.mark.parametrize(
+    "name", [name for name in toy.OF_CLASSES if name != "weight_net"]
+)  # its derivative is cut by design
 def test_derivatives_against_finite_differences(name, x64):
     loss = build_loss(name, CLASSES)
     read = as_read(loss, OUTPUTS.astype(float))
@@ -97,7 +100,7 @@ def test_derivatives_against_finite_differences(name, x64):
         np.testing.assert_allclose(*both((at[0], equal), way), rtol=1e-6, atol=1e-8)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_sample_weight_and_mask(name):
     found = computed(name)
     chex.assert_trees_all_close(found["weighted"], WEIGHTS * found["plain"], rtol=1e-6)
@@ -105,13 +108,13 @@ def test_sample_weight_and_mask(name):
     chex.assert_tree_all_finite(found["masked slope"])  # a NaN in a masked example must not leak
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 @pytest.mark.parametrize("classes", [2, 3])  # ten are in test_bad_input.py
 def test_every_loss_passes_the_check_of_a_users_loss(name, classes):
     check_loss(build_loss(name, classes), classes, name)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_only_losses_with_something_to_learn_say_so(name):
     loss = build_loss(name, CLASSES)
     if loss.learned == "no":

@@ -8,9 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+import toy
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses import LOSSES, build_loss
+from l2t_jax.losses import build_loss
 from l2t_jax.losses.checking import as_read
 from l2t_jax.optimizers import STUDENT_OPTIMIZERS, check_at_first, check_at_zero
 from l2t_jax.presets import Preset
@@ -181,7 +182,7 @@ def test_offered_optimizers_at_a_zero_gradient(name, x64):
     np.testing.assert_allclose(slope, difference, rtol=1e-5, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", toy.OF_CLASSES)
 def test_losses_of_a_batch_that_is_wholly_masked(name, x64):
     slope, difference = masked_round(build_loss(name, CLASSES), build_optimizer(OFFERED["cosine, clip 0.5"], 9))
     assert jnp.isfinite(slope)

@@ -213,8 +213,8 @@ def test_a_seed_that_diverges_never_touches_those_beside_it(tmp_path, monkeypatc
     """Three seeds in one program; the one in the middle meets a NaN. The others end as they do without it."""
     real, data = training._dispatch, DATA._replace(inputs=DATA.inputs.at[POISON].set(jnp.nan))
 
-    def dispatch(poisoned, seed, done, count, plan):
-        given = real(seed, done, count, plan)
+    def dispatch(poisoned, seed, *rest):
+        given = real(seed, *rest)
         safe = given._replace(
             **{name: np.minimum(getattr(given, name), POISON - 1) for name in ("train", "validation")}
         )

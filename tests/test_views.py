@@ -80,7 +80,7 @@ def problem():
     return loss, toy.to_x64(loss.init(jax.random.key(1))), state, train, validation
 
 
-@pytest.mark.parametrize("name", [name for name in LOSSES if name != "large_margin_softmax"])
+@pytest.mark.parametrize("name", [name for name in toy.OF_CLASSES if name != "large_margin_softmax"])
 def test_every_loss_of_classes_runs_on_pixels(name, x64):
     """The mean of the losses of labelled pixels, 0.4 of the auxiliary head's; what is ignored has no derivative."""
     loss = LOSSES[name](**({"num_classes": CLASSES} if name in ("adaptive_robust", "bilinear") else {}))

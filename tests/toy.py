@@ -5,10 +5,13 @@ import jax.numpy as jnp
 import optax
 from flax import linen as nn
 
+from l2t_jax.losses import LOSSES
+from l2t_jax.methods.parts import is_of_classes
 from l2t_jax.students import from_linen
 from l2t_jax.types import Batch, Loss, Task, Teacher
 
 CLASSES = 3
+OF_CLASSES = [name for name, build in LOSSES.items() if is_of_classes(build())]  # losses of rows that are classified
 
 
 class Network(nn.Module):

@@ -18,6 +18,7 @@ from l2t_jax.losses.large_margin_softmax import large_margin_softmax
 from l2t_jax.losses.ml3 import ml3
 from l2t_jax.losses.smooth_zero_one import smooth_zero_one
 from l2t_jax.losses.taylor_glo import taylor_glo
+from l2t_jax.losses.terms import linear_dln, sum_of_terms
 from l2t_jax.losses.weight_net import weight_net
 from l2t_jax.types import Loss
 
@@ -38,6 +39,8 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "ml3": ml3,
     "taylor_glo": taylor_glo,
     "weight_net": weight_net,
+    "linear_dln": linear_dln,
+    "sum_of_terms": sum_of_terms,
 }
 
 

@@ -55,7 +55,7 @@ class Result:
 
     def probabilities(self, x: Any) -> np.ndarray:
         """What the students say of inputs [n, ...], raw as those they were trained on: means over seeds [n, C]."""
-        self._require()
+        self._require(of_classes=True)
         parts, dataset = self.setting.parts, self.setting.dataset
         train = dataset.train["inputs"]
         inputs = as_inputs(x, "inputs")
@@ -97,10 +97,12 @@ class Result:
     @property
     def examples(self) -> examples.Examples:
         """A row for each training example: its label, what the students say of it, how strongly it pulls."""
-        self._require()
+        self._require(of_classes=True)
         return examples.describe(self.setting, self.entry, self.states)
 
-    def _require(self) -> None:
+    def _require(self, of_classes: bool = False) -> None:
+        if of_classes and (task := self.setting.config.task) != "classification":
+            raise ValueError(f"this is of classification, and the run is of {task}: use result.states and its task.")
         if not self.states:
             raise ValueError(f"no seed finished: {self.summary['methods'][self.entry.name]['failed'][0]['reason']}.")
 
@@ -119,6 +121,7 @@ def train(
     memory: str = "auto",
     task: str = "classification",
     student_knobs: dict[str, Any] | None = None,
+    task_knobs: dict[str, Any] | None = None,
     knobs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
@@ -139,6 +142,7 @@ def train(
       memory: mode of the hypergradient.
       task: a name of TASKS.
       student_knobs: keywords of the student's builder, e.g. {"width": 64}.
+      task_knobs: keywords of the task's builder, e.g. {"crop": 193}.
       knobs: of a method, a loss or the student's optimizer, e.g. {"meta_weight_net.lr": 0.01, "sgd.momentum": 0.9}.
       workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
       resume: go on with the run that is there.
@@ -172,6 +176,7 @@ def train(
         settings=dataclasses.replace(column, **settings),
         task=task,
         student_knobs=dict(student_knobs or {}),
+        task_knobs=dict(task_knobs or {}),
         knobs=_checked(knobs or {}, name, settings.get("student_optimizer", column.student_optimizer)),
     )
     stamp = time.strftime("%Y%m%d-%H%M%S")

@@ -37,6 +37,7 @@ class Config:
     held_out: float = 0.0  # part of the training examples that is tested on in place of the test set; 0: none
     task: str = "classification"  # of `l2t_jax.tasks.TASKS`
     student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # that differ from the builder's defaults
+    task_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of the task, that differ from its defaults
     labels: str | None = None  # a file of labels in place of the set's own
     class_weight: str | None = None  # "balanced", or a number for each class; None: all examples count alike
     clean: str | None = None  # a file that names the training examples that are known to be right

@@ -58,12 +58,13 @@ def path_of(folder: Path, name: str, seed: int) -> Path:
 def about(setting: Setting, names: list[str]) -> dict[str, Any]:
     """How what was saved is built: the student by name and knobs, the inputs it takes, the loss of each method."""
     config, info, parts = setting.config, setting.dataset.info, setting.parts
-    shape = [list(x.shape[1:]) for x in jax.tree.leaves(setting.inputs)]
+    shapes = [list(x.shape[1:]) for x in jax.tree.leaves(setting.inputs)]
+    known = {name: list(getattr(info, name)) for name in ("mean", "std") if hasattr(info, name)}
     return {
         "task": config.task,
         "student": {"name": config.student, "knobs": config.student_knobs, "outputs": parts.task.outputs},
-        "inputs": {"shape": shape[0], "mean": list(info.mean), "std": list(info.std)},
-        "classes": list(info.names) or list(range(info.num_classes)),
+        "inputs": {"shape": shapes[0] if len(shapes) == 1 else shapes, **known},
+        "classes": list(getattr(info, "names", ())) or list(range(parts.task.outputs)),
         "seeds": list(config.seeds),
         "losses": {name: loss_of(name, parts) for name in names},
     }
@@ -92,7 +93,7 @@ def write(directory: Path, setting: Setting, states: dict[tuple[str, int], Metho
     folder = directory / "final"
     for (name, seed), state in states.items():
         save(folder, name, seed, state)
-    if states and hasattr(setting.dataset.info, "num_classes"):
+    if states:
         write_json(folder / "about.json", about(setting, sorted({name for name, _ in states})))
 
 

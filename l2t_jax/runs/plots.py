@@ -4,6 +4,7 @@ Legend: R points of a curve, G grid points along one axis of a surface. All writ
 """
 
 import math
+import zlib
 from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,9 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
@@ -255,6 +258,73 @@ def table(
             cell.set_text_props(weight="bold")
     figure.suptitle(title, fontsize=9)
     return _write(figure, path)
+
+
+def panels(
+    path: str | Path, columns: dict[str, list[Any]], *, names: Sequence[str], title: str, most_labels: int = 8
+) -> Figure:
+    """Draw images and what is seen in them, a row for each image and a column for each who looks.
+
+    Args:
+        path: the picture, its format by the suffix.
+        columns: name -> a `tasks.Panel` for each image: maps of classes are laid over the image, boxes drawn on it.
+        names: of the classes of maps, for the legend; class 0 is the ground and is left as it is.
+        title: above all.
+        most_labels: boxes of an image that are labelled, the first ones; the others are drawn bare.
+    """
+    rows = len(next(iter(columns.values())))
+    figure = Figure(figsize=(2.6 * len(columns), 2.5 * rows + 0.6), layout="constrained")
+    seen: set[int] = set()
+    for c, (name, each) in enumerate(columns.items()):
+        for r, panel in enumerate(each):
+            axes = figure.add_subplot(rows, len(columns), r * len(columns) + c + 1)
+            axes.set_axis_off()
+            axes.imshow(_with_classes(panel))
+            if r == 0:
+                axes.set_title(name, fontsize="medium")
+            if panel.classes is not None:
+                seen |= {int(value) for value in np.unique(panel.classes) if 0 < value < len(names)}
+            for b, box in enumerate(() if panel.boxes is None else panel.boxes):
+                left, top, right, bottom = box
+                colour = COLOURS[hash_of(panel.labels[b].split(" ")[0]) % len(COLOURS)]
+                axes.add_patch(
+                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2)
+                )
+                if b < most_labels:
+                    axes.text(left, top, panel.labels[b], fontsize=5, color="white", backgroundcolor=colour).set_bbox(
+                        {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
+                    )
+    handles = [Rectangle((0, 0), 1, 1, facecolor=colour_of(value)) for value in sorted(seen)]
+    if handles:
+        legend = {"loc": "outside lower center", "ncols": 6, "frameon": False, "fontsize": "small"}
+        figure.legend(handles, [names[value] for value in sorted(seen)], **legend)
+    figure.suptitle(title)
+    return _write(figure, path)
+
+
+def _with_classes(panel: Any) -> np.ndarray:
+    """The image [H, W, 3], half of it the colours of the classes of its pixels; those that do not count are white."""
+    image = panel.image.astype(np.float32) / 255
+    if panel.classes is None:
+        return image
+    classes = np.asarray(panel.classes)
+    for value in np.unique(classes):
+        if value:
+            colour = np.ones(3) if value == 255 else np.array(colour_of(int(value)))
+            image[classes == value] = 0.35 * image[classes == value] + 0.65 * colour
+    return image
+
+
+def colour_of(value: int) -> tuple[float, float, float]:
+    """The colour of a class, far from those of its neighbours."""
+    hue = (value * 0.618034) % 1
+    red, green, blue = hsv_to_rgb((hue, 0.85, 0.95 if value % 2 else 0.7))
+    return float(red), float(green), float(blue)
+
+
+def hash_of(word: str) -> int:
+    """A number of a word, the same in every process."""
+    return zlib.crc32(word.encode())
 
 
 def default_window(points: int) -> int:

@@ -15,9 +15,9 @@ from rich.console import Console
 from rich.table import Table
 
 from l2t_jax.losses.dln import Layer, surface
-from l2t_jax.runs import examples, finals, plots
+from l2t_jax.runs import examples, finals, pictures, plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
-from l2t_jax.runs.setting import Entry, Setting
+from l2t_jax.runs.setting import Entry, Setting, first_state
 from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks import TASKS
 from l2t_jax.tasks.evaluation import evaluate
@@ -53,6 +53,7 @@ def report(
     write_json(directory.path / "summary.json", summary)
     if alone:
         draw(summary, directory.path, directory.plots_dir)
+        _illustrate(setting, entries, outcomes, directory.plots_dir)
     if alone and not quiet:
         _print(summary, setting.options.workdir)
     return summary
@@ -79,6 +80,21 @@ def _leave(setting: Setting, entries: list[Entry], outcomes: Outcomes, path: Pat
             summary["methods"][name]["suspects"] = {"share": SUSPECTS, "precision": precision}
 
 
+def _illustrate(setting: Setting, entries: list[Entry], outcomes: Outcomes, folder: Path) -> None:
+    """What students see in some test images, of the first seed that finished."""
+    for seed in setting.config.seeds:
+        of_seed = {entry.name: outcomes[(entry.name, seed)] for entry in entries}
+        ended = {
+            name: outcome.state
+            for name, outcome in of_seed.items()
+            if isinstance(outcome, Outcome) and not reason(outcome)
+        }
+        if ended:
+            begun = first_state(entries[0].method, seed, setting.inputs)
+            pictures.draw(folder / "seen.png", setting, entries, begun, ended)
+            return
+
+
 def reason(outcome: Outcome | str) -> str | None:
     """Why a run stopped early, if it did."""
     if isinstance(outcome, str):
@@ -88,7 +104,8 @@ def reason(outcome: Outcome | str) -> str | None:
 
 def _summary(setting: Setting, entries: list[Entry], outcomes: Outcomes) -> dict[str, Any]:
     config, plan, metric = setting.config, setting.parts.plan, setting.parts.task.metric
-    test = jax.device_put(setting.dataset.test)
+    # Examples that are read on the host stay there.
+    test = setting.dataset.test if setting.parts.task.read else jax.device_put(setting.dataset.test)
     methods = {}
     for entry in entries:
         results = [(seed, outcomes[(entry.name, seed)]) for seed in config.seeds]
@@ -182,6 +199,14 @@ def plot_curves(
 ) -> None:
     """Draw the validation curves of the methods and, where labels are wrong, what the students did with them."""
     names = {name for row in rows for name in row if name.startswith("validation_")}
+    entries = {
+        f"{method}: {name.removeprefix('loss_')}": curve
+        for name in sorted({name for row in rows for name in row if name.startswith("loss_")})
+        for method, curve in curves(rows, name).items()
+    }
+    if entries:
+        title = f"{what}: parameters of the taught loss"
+        plots.learning_curves(folder / f"{prefix}loss.png", entries, ylabel="value", title=title, log_y=False)
     for name in sorted(names - {"validation_error_stage_one"}):
         label = name.replace("_", " ")
         title, log_y = f"{what}: {label} while training", name == "validation_error"

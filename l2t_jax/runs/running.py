@@ -26,12 +26,13 @@ from l2t_jax.runs.records import (
     tensorboard_writer,
 )
 from l2t_jax.runs.reporting import Outcomes, reason, report
-from l2t_jax.runs.setting import Entry, Setting
+from l2t_jax.runs.setting import FRESH, TRANSFER, Entry, Setting, first_state
+from l2t_jax.runs.streaming import Stream
 from l2t_jax.runs.training import Run, compile_rounds, train
+from l2t_jax.tasks.reading import held
 from l2t_jax.types import MethodState, PyTree
 
 OBSERVATIONS = 40  # moments of a run at which examples with wrong labels are looked at, beside its start
-FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
 
 
 class Stop:
@@ -175,7 +176,8 @@ def _train_entry(
 ) -> Outcomes:
     """Train one entry for every seed; an outcome is a string where the run could not even begin."""
     program = compile_rounds(entry.method, setting.parts.task, setting.layout)
-    data = program.data(setting.dataset.train)
+    task, student, examples = setting.parts.task, setting.parts.student, setting.dataset.train
+    data = Stream(task, student, examples, program) if task.read else program.data(held(student, examples))
     plan = dataclasses.replace(setting.parts.plan.of(entry.method.stages), rounds=setting.rounds_of(entry))
     outcomes: Outcomes = {}
     ready = []
@@ -207,6 +209,8 @@ def _train_entry(
                 )
                 progress.end(run.name, run.seed)
             outcomes[(run.name, run.seed)] = outcome
+    if isinstance(data, Stream):
+        data.close()
     return outcomes
 
 
@@ -228,7 +232,7 @@ def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str,
 def _initial(setting: Setting, entry: Entry, seed: int, teacher: PyTree | None) -> MethodState:
     """The state at round 0, with the trained teacher where one is taken over."""
     stream = FRESH if entry.teacher_of is None else TRANSFER
-    state = entry.method.init(jax.random.fold_in(jax.random.key(seed), stream), setting.inputs)
+    state = first_state(entry.method, seed, setting.inputs, stream)
     return state if teacher is None else state._replace(teacher=teacher)
 
 

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from l2t_jax.data import DataError, Dataset, at, hold_out, require
@@ -28,8 +29,10 @@ from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.own import with_class_weight, with_clean, with_labels
-from l2t_jax.types import Array, Batch, How, Key, Loss, Method, PyTree, Student, Task, Teacher
+from l2t_jax.tasks.reading import behind
+from l2t_jax.types import Array, Batch, How, Key, Loss, Method, MethodState, PyTree, Student, Task, Teacher
 
+FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
 
 
@@ -91,9 +94,10 @@ def build_setting(
         raise UsageError(
             f"--method={lost[0]} takes no weights of examples: leave it out, or --class_weight and other weights."
         )
-    task = spec.build(dataset)
+    task = spec.build(dataset, **config.task_knobs)
     inputs = example_inputs(task, dataset)
     student = own.student or build_student(config, task, inputs, layout.axis_name)
+    task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
         task = with_keys(task)
     plan = build_plan(config, dataset)
@@ -159,10 +163,15 @@ def build_student(config: Config, task: Task, inputs: PyTree, axis_name: str | N
     axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
     try:
         student = build(num_classes=task.outputs, **config.student_knobs, **axis)
-        jax.eval_shape(student.init, jax.random.key(0), inputs)
+        jax.eval_shape(student.init, jax.random.key(0), seen_by(student, inputs))
     except ValueError as error:
         raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
     return student
+
+
+def first_state(method: Method, seed: int, inputs: PyTree, stream: int = FRESH) -> MethodState:
+    """The state of a run at round 0."""
+    return method.init(jax.random.fold_in(jax.random.key(seed), stream), inputs)
 
 
 def build_optimizer(settings: Preset, steps: int, **knobs: Any) -> optax.GradientTransformation:
@@ -230,8 +239,22 @@ def enable_compilation_cache() -> None:
 
 def example_inputs(task: Task, dataset: Dataset) -> PyTree:
     """Inputs [2, ...] of the right shapes and dtypes, all zero, for a student's initialisation."""
-    batch = jax.eval_shape(lambda examples: task.gather(examples, jnp.arange(2), None), at(dataset.train, slice(2)))
-    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), batch.inputs)
+    first = at(dataset.train, slice(2))
+    if task.read:
+        first = task.read(first, np.arange(2) % dataset.examples, [(0,), (1,)])
+    batch = jax.eval_shape(lambda examples: task.gather(examples, jnp.arange(2), None), first)
+    return _zeros(batch.inputs)
+
+
+def seen_by(student: Student, inputs: PyTree) -> PyTree:
+    """What init and apply of a student take for these inputs [2, ...], all zero: features, where it has a backbone."""
+    if student.backbone is None:
+        return inputs
+    return _zeros(jax.eval_shape(student.backbone.apply, student.backbone.variables, inputs))
+
+
+def _zeros(shapes: PyTree) -> PyTree:
+    return jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
 
 
 def with_keys(task: Task) -> Task:

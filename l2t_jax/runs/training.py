@@ -16,9 +16,11 @@ from jax import lax
 from l2t_jax.data.order import Plan
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
+from l2t_jax.runs.streaming import Stream
 from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
 
 MOST_ROUNDS = 32  # a dispatch runs at most this many rounds
+STREAMED_ROUNDS = 1  # of examples that are read on the host: those of the next round are read while this one computes
 RANDOM_DRAWS = 0  # what a seed's key is folded with for draws during training; other numbers are free for others
 SECONDS_PER_DISPATCH = 1.0  # and about this long, so that progress is seen and an interruption costs little
 
@@ -132,7 +134,7 @@ def train(
     runs: list[Run],
     plan: Plan,
     program: Program,
-    data: PyTree,
+    data: Any,
     stopped: Callable[[], bool] = lambda: False,
 ) -> list[Outcome]:
     """Train some runs of one method side by side to their last round, each from its newest good checkpoint if any.
@@ -141,7 +143,7 @@ def train(
       runs: see `Run`; at most as many as the program's layout holds.
       plan: see `Plan`.
       program: of `compile_rounds`; may serve any number of groups of runs.
-      data: the training examples, of `program.data`.
+      data: the training examples, of `program.data`, or a `Stream` that reads them.
       stopped: asked after every dispatch; where it says so in any process, all is saved and the work ends.
     Returns:
       an `Outcome` for each. On a failure its state is the last good one that was saved (the initial one if none was).
@@ -152,6 +154,8 @@ def train(
     begun = [_resume(run) for run in runs]
     group = [_Progress(run, done, spent) for run, (_, done, spent) in zip(runs, begun, strict=True)]
     states = program.place([state for state, _, _ in begun])
+    streamed = isinstance(data, Stream)
+    rows = STREAMED_ROUNDS if streamed else MOST_ROUNDS
     for member in group:
         member.run.progress(member.done, None)
     saved_at = time.monotonic()
@@ -159,8 +163,17 @@ def train(
     while active := [i for i, member in enumerate(group) if member.active(plan)]:
         begin = time.monotonic()
         wanted = int(from_leader(np.int32(_wanted(durations))))  # clocks differ
-        dispatches = [_dispatch(m.run.seed, m.done, m.count(wanted, plan), plan) for m in group]
-        states, metrics, finished = program(states, data, dispatches)
+        counts = [m.count(min(wanted, rows), plan) for m in group]
+        dispatches = [_dispatch(m.run.seed, m.done, n, plan, rows) for m, n in zip(group, counts, strict=True)]
+        if streamed:
+            block, dispatches = data.take(dispatches)
+            data.begin(  # what comes next, unless this is where a run ends
+                [
+                    _dispatch(m.run.seed, m.done + n, int(0 < n < plan.rounds - m.done), plan, rows)
+                    for m, n in zip(group, counts, strict=True)
+                ]
+            )
+        states, metrics, finished = program(states, block if streamed else data, dispatches)
         elapsed = time.monotonic() - begin
         durations.append(elapsed / max(finished))
         for i in active:
@@ -229,11 +242,11 @@ def _wanted(durations: list[float]) -> int:
     return max(1, min(wanted, MOST_ROUNDS))
 
 
-def _dispatch(seed: int, done: int, count: int, plan: Plan) -> Dispatch:
-    rounds = done + np.arange(MOST_ROUNDS)
+def _dispatch(seed: int, done: int, count: int, plan: Plan, rows: int = MOST_ROUNDS) -> Dispatch:
+    rounds = done + np.arange(rows)
     indices = [plan.indices(seed, int(r)) for r in rounds[: max(count, 1)]]
     train, validation = (np.stack([both[i] for both in indices]) for i in (0, 1))
-    pad = lambda x: np.concatenate([x, np.zeros((MOST_ROUNDS - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
+    pad = lambda x: np.concatenate([x, np.zeros((rows - len(x), *x.shape[1:]), x.dtype)])  # noqa: E731
     first = rounds % plan.rounds_per_epoch == 0
     key = np.asarray(jax.random.key_data(jax.random.fold_in(jax.random.key(seed), RANDOM_DRAWS)))
     return Dispatch(pad(train), pad(validation), rounds.astype(np.int32), first, np.int32(count), key)

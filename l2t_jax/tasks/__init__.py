@@ -9,7 +9,7 @@ from l2t_jax.inputs import known
 from l2t_jax.tasks import own
 from l2t_jax.tasks.classification import CLASSIFICATION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
-from l2t_jax.tasks.spec import TaskSpec, settings_for
+from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
 
 TASKS: dict[str, TaskSpec] = {"classification": dataclasses.replace(CLASSIFICATION, open=own.open_path)}
 
@@ -52,4 +52,4 @@ def load(
     return dataset
 
 
-__all__ = ["TASKS", "TaskSpec", "evaluate", "is_path", "load", "measure_all", "settings_for"]
+__all__ = ["TASKS", "Panel", "TaskSpec", "evaluate", "is_path", "load", "measure_all", "settings_for"]

@@ -3,20 +3,29 @@
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from l2t_jax.data import Dataset
 from l2t_jax.presets import Preset
-from l2t_jax.types import Task
+from l2t_jax.types import PyTree, Student, Task
+
+
+class Panel(NamedTuple):
+    """An image and what is seen in it."""
+
+    image: np.ndarray  # uint8 [H, W, 3]
+    classes: np.ndarray | None = None  # [H, W] of its pixels
+    boxes: np.ndarray | None = None  # [k, 4] left, top, right, bottom in pixels
+    labels: tuple[str, ...] = ()  # of the boxes
 
 
 @dataclasses.dataclass(frozen=True)
 class TaskSpec:
     """A task by name: `build` makes the record that methods are composed of, the rest is of runs and tables."""
 
-    build: Callable[[Dataset], Task]
+    build: Callable[..., Task]  # (data set, **knobs) -> task; its knobs are flags
     datasets: dict[str, Callable[[Path, bool], Dataset]]  # name -> (folder of data sets, whether to download) -> data
     open: Callable[[Path], Dataset] | None = None  # a user's own data from a path, where the task reads any
     check: Callable[[Dataset], None] = lambda dataset: None  # raises a DataError that names what is wrong
@@ -29,6 +38,9 @@ class TaskSpec:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     # rows of the preset's sheet where the task differs from every preset, e.g. N
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
+    # What a student sees in examples that were read: (task, student, variables, examples) -> a panel for each; without
+    # variables the truth. None: there is nothing to look at.
+    illustrate: Callable[[Task, Student, dict[str, PyTree] | None, PyTree], list[Panel]] | None = None
 
 
 def settings_for(spec: TaskSpec, preset: Preset) -> Preset:

@@ -1,0 +1,46 @@
+"""What students see in images of the test set: the truth, the student as it began, the students as they ended."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+
+from l2t_jax.data import at
+from l2t_jax.runs import plots
+from l2t_jax.runs.setting import Entry, Setting
+from l2t_jax.tasks import TASKS, Panel
+from l2t_jax.tasks.reading import whole
+from l2t_jax.types import MethodState, PyTree, Student
+
+IMAGES = 4  # spread over the test set, whatever they show
+
+
+def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState, ended: dict[str, MethodState]) -> None:
+    """Draw some images of the test set, a row each: the truth, the beginning, the end of each entry.
+
+    Args:
+      path: the picture.
+      setting, entries: of the run.
+      begun: the state at round 0 of one seed.
+      ended: the last state of that seed by the entry's name, of those that finished.
+    """
+    spec = TASKS[setting.config.task]
+    if spec.illustrate is None or not ended:
+        return
+    task, test = setting.parts.task, setting.dataset.test
+    n = len(jax.tree.leaves(test)[0])
+    which = np.linspace(0, n - 1, min(IMAGES, n)).round().astype(int)
+    block = task.read(at(test, which), np.arange(len(which)), None) if task.read else at(test, which)
+    student = scored(setting.parts.student)
+    columns: dict[str, list[Panel]] = {"truth": spec.illustrate(task, student, None, block)}
+    seen = {"before": begun, **{entry.name: ended[entry.name] for entry in entries if entry.name in ended}}
+    for name, state in seen.items():
+        columns[name] = spec.illustrate(task, student, state.student.variables, block)
+    names = getattr(setting.dataset.info, "names", ())
+    plots.panels(path, columns, names=names, title=f"{setting.config.dataset}, {setting.config.student}")
+
+
+def scored(student: Student) -> Student:
+    """The student that takes inputs as they are, its backbone with it."""
+    variables: PyTree = None if student.backbone is None else student.backbone.variables
+    return student if variables is None else whole(student, jax.device_put(variables))

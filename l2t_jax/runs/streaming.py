@@ -1,0 +1,99 @@
+"""The examples of a round, read on the host while the device computes the round before.
+
+Legend: G runs of a program, R rounds of a dispatch, S stages, N unroll length, B batch, V validation batch, k examples
+of a dispatch.
+"""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+
+from l2t_jax.runs.parallel import Dispatch, Program
+from l2t_jax.tasks.reading import Held, Reader
+from l2t_jax.types import PyTree, Student, Task
+
+TRAIN, VALIDATION = 0, 1  # parts of a round, in the seeds of random draws
+
+
+class Stream:
+    """Gives each dispatch its examples as data, and positions in them in place of indices into the whole set.
+
+    What is drawn at random of an example depends on the run's key, the round, the part of the round and the place in
+    it, so how rounds are divided into dispatches, stages and devices changes nothing.
+    """
+
+    def __init__(self, task: Task, student: Student, examples: PyTree, program: Program) -> None:
+        """Take a task with `read`, the student, all examples and the program that computes with them."""
+        self._reader, self._program = Reader(task, examples), program
+        self._backbone = None if student.backbone is None else program.data(student.backbone.variables)
+        self._ahead: tuple[bytes, Callable[[], PyTree]] | None = None
+
+    def begin(self, dispatches: list[Dispatch]) -> None:
+        """Begin to read what these dispatches will take."""
+        if any(int(dispatch.wanted) for dispatch in dispatches):
+            self._ahead = _signature(dispatches), self._read(dispatches)
+
+    def take(self, dispatches: list[Dispatch]) -> tuple[PyTree, list[Dispatch]]:
+        """The data of these dispatches, on the devices, and the dispatches with positions in them."""
+        signature = _signature(dispatches)
+        wait = self._ahead[1] if self._ahead and self._ahead[0] == signature else self._read(dispatches)
+        self._ahead = None
+        block = self._program.data(self._filled(wait(), dispatches))
+        data = block if self._backbone is None else Held(block, self._backbone)
+        return data, [_placed(dispatch, g) for g, dispatch in enumerate(dispatches)]
+
+    def close(self) -> None:
+        """Read no more."""
+        self._reader.close()
+
+    def _read(self, dispatches: list[Dispatch]) -> Callable[[], PyTree]:
+        working = [dispatch for dispatch in dispatches if int(dispatch.wanted)]
+        indices = np.concatenate([np.concatenate(_flat(dispatch)) for dispatch in working])
+        return self._reader.begin(indices, [seeds for dispatch in working for seeds in _seeds(dispatch)])
+
+    def _filled(self, block: PyTree, dispatches: list[Dispatch]) -> PyTree:
+        """A place for each of the G runs: those that have ended have zeros, so that one program serves all."""
+        working = [bool(int(dispatch.wanted)) for dispatch in dispatches]
+        if all(working):
+            return block
+        size = sum(map(len, _flat(dispatches[0])))
+
+        def fill(x: np.ndarray) -> np.ndarray:
+            whole = np.zeros((len(working), size, *x.shape[1:]), x.dtype)
+            whole[working] = x.reshape(-1, size, *x.shape[1:])
+            return whole.reshape(-1, *x.shape[1:])
+
+        return jax.tree.map(fill, block)
+
+
+def _flat(dispatch: Dispatch) -> tuple[np.ndarray, np.ndarray]:
+    """The indices of the training and of the validation examples."""
+    return np.ravel(dispatch.train), np.ravel(dispatch.validation)
+
+
+def _placed(dispatch: Dispatch, g: int) -> Dispatch:
+    """A dispatch with the positions that its examples have in what was read."""
+    train, validation = _flat(dispatch)
+    first = g * (len(train) + len(validation)) + np.arange(len(train) + len(validation), dtype=np.int32)
+    return dispatch._replace(
+        train=first[: len(train)].reshape(np.shape(dispatch.train)),
+        validation=first[len(train) :].reshape(np.shape(dispatch.validation)),
+    )
+
+
+def _seeds(dispatch: Dispatch) -> list[tuple[int, ...]]:
+    """The seeds of what is drawn of each example, in the order of `_flat`."""
+    key = [int(part) for part in np.ravel(dispatch.key)]
+    rounds = [int(r) for r in np.ravel(dispatch.round)]
+    return [
+        (*key, r, part, place)
+        for part, indices in ((TRAIN, dispatch.train), (VALIDATION, dispatch.validation))
+        for r, each in zip(rounds, np.asarray(indices).reshape(len(rounds), -1), strict=True)
+        for place in range(len(each))
+    ]
+
+
+def _signature(dispatches: list[Dispatch]) -> bytes:
+    """What tells dispatches apart that read different examples."""
+    return b"".join(np.asarray(leaf).tobytes() for dispatch in dispatches for leaf in jax.tree.leaves(dispatch))
