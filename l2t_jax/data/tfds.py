@@ -91,14 +91,19 @@ class Records:
             raise _unreadable(self.directory, self.split, error) from error
 
 
-def open_tfds(data_dir: Path, download: bool, name: str, splits: Sequence[str]) -> list[Records]:
-    """Open splits of a prepared TFDS data set, as in `read_tfds`, for reading record by record.
+def open_tfds(data_dir: Path, download: bool, name: str) -> tuple[Records, Records]:
+    """Open the splits train and validation (where there is none: test) for reading record by record.
 
+    Args:
+      data_dir: as in `read_tfds`.
+      download: likewise.
+      name: likewise.
     Raises:
       DataError: the data are missing or unreadable, or a split is empty.
     """
     directory = _found(data_dir, download, name)
-    found = [Records(directory, split) for split in splits]
+    splits = [split["name"] for split in json.loads((directory / "dataset_info.json").read_text()).get("splits", ())]
+    found = Records(directory, "train"), Records(directory, "test" if "validation" not in splits else "validation")
     for records in found:
         require(len(records) > 0, f"{records.name} in {directory} holds no record.")
     return found
