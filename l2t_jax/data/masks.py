@@ -70,17 +70,24 @@ def read_masks_tfds(data_dir: Path, download: bool, name: str) -> Annotated:
     Raises:
       DataError: the data are missing or unreadable, or have no masks.
     """
-    if name.split("/")[0] == "voc":
-        found = _unpacked_voc(data_dir, name)
-        if found is not None:
-            return read_voc(found)
-    train, test = open_tfds(data_dir, download, name)
+    voc = name.startswith("voc/")
+    found = _unpacked_voc(data_dir, name) if voc else None
+    if found is not None:
+        return read_voc(found)
+    try:
+        train, test = open_tfds(data_dir, download, name)
+    except DataError as error:
+        year = name.replace("/", "").upper()
+        told = (
+            f"{year} is not in {data_dir}: unpack VOC's archive there, so that {data_dir / 'VOCdevkit' / year} is it."
+        )
+        raise DataError(told if voc and not download else str(error)) from error
     for records in (train, test):
         if not {"image", "segmentation_mask"} <= set(records.fields):
-            found = _unpacked_voc(data_dir, name) if name.startswith("voc/") else None
+            found = _unpacked_voc(data_dir, name) if voc else None
             if found is not None:  # the download has just unpacked it
                 return read_voc(found)
-            also = " TFDS has only VOC's boxes: give VOC's own folder VOC2012." if name.startswith("voc/") else ""
+            also = " TFDS has only VOC's boxes: give VOC's own folder VOC2012." if voc else ""
             raise DataError(
                 f"{name} in {records.directory} has {', '.join(records.fields)}: expected image and segmentation_mask."
                 + also
