@@ -61,7 +61,7 @@ def read_boxes_tfds(data_dir: Path, download: bool, name: str) -> Annotated:
       download: whether to prepare a set that is missing.
       name: of the set; its splits train and validation (or test) are read.
     Returns:
-      as `read_coco`. Where the set has no area of an object, it is its box's; where it has no id of an image, its place.
+      as `read_coco`. Where the set has no areas, they are those of the boxes; where it has no ids, places.
     Raises:
       DataError: the data are missing or unreadable, or have no boxes.
     """
