@@ -114,8 +114,8 @@ def place_boxed(
       exposure: likewise, of the brightness.
       most: boxes.
     Returns:
-      [s, s, 3] uint8, grey around the image; boxes [most, 4] float32 and classes [most] int32, in random order, the rest
-      0 and -1. Boxes are cut at the border, and left out where less than .001 of the square's side is left.
+      [s, s, 3] uint8, grey around the image; boxes [most, 4] float32 and classes [most] int32, in random order, the
+      rest 0 and -1. Boxes are cut at the border, and left out where less than .001 of the square's side is left.
     Source: darknet's load_data_detection, which places the image by another half pixel.
     """
     height, width = image.shape[:2]
@@ -199,11 +199,11 @@ def move_boxes(
     low = np.clip(np.stack([x, y], 1) - half, 0, 1)
     high = np.clip(np.stack([x, y], 1) + half, 0, 1)
     moved = np.concatenate([(low + high) / 2, high - low], 1).astype(np.float32)
-    return moved, (moved[:, 2:] >= LEAST).all(1)
+    return moved, np.all(moved[:, 2:] >= LEAST, axis=1)
 
 
 def filled(boxes: np.ndarray, classes: np.ndarray, most: int = MOST) -> tuple[np.ndarray, np.ndarray]:
-    """The first boxes [k, 4] and classes [k] of an image as arrays [most, 4] float32, [most] int32; the rest 0 and -1."""
+    """The first boxes [k, 4] and classes [k] as arrays [most, 4] float32 and [most] int32; the rest is 0 and -1."""
     fixed, kinds = np.zeros((most, 4), np.float32), np.full(most, -1, np.int32)
     count = min(most, len(boxes))
     fixed[:count], kinds[:count] = boxes[:count], classes[:count]
