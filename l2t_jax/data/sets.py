@@ -5,6 +5,7 @@ Legend: n training examples, m test examples.
 
 import dataclasses
 import hashlib
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,8 @@ class DataError(ValueError):
 @dataclasses.dataclass(frozen=True, eq=False)
 class Dataset:
     """A data set in memory: what `Task.gather` of its task reads. Its parts cannot come apart.
+
+    Leaves may be arrays of objects [n], e.g. images of several sizes: what `Task.read` of its task reads.
 
     Raises:
       DataError: a leaf is no NumPy array, or the leaves of a part differ in their number of examples.
@@ -49,11 +52,14 @@ class Dataset:
 
     @property
     def sha256(self) -> str:
-        """The hash of all examples, shapes and dtypes included."""
+        """The hash of all examples, shapes and dtypes included.
+
+        Of an element that is a file: its name and its size in bytes, so that a hundred thousand files are not read for
+        it. Of one that lies in a prepared set: its place there, and the set's name and size.
+        """
         digest = hashlib.sha256()
         for array in (*jax.tree.leaves(self.train), *jax.tree.leaves(self.test)):
-            digest.update(f"{array.shape} {array.dtype.str}".encode())
-            digest.update(np.ascontiguousarray(array).data)
+            _add(digest, array)
         return digest.hexdigest()
 
     def take(self, which: np.ndarray, **changes: Any) -> "Dataset":
@@ -90,6 +96,28 @@ def count(part: PyTree, what: str) -> int:
     told = " have ".join(f"{size} {name}" for name, size in sizes.items())
     require(len(set(sizes.values())) == 1, f"{what}: {told}: expected one of each for every example.")
     return next(iter(sizes.values()))
+
+
+def _add(digest: Any, element: Any) -> None:
+    """Let a hash see an array, or an element of an array of objects."""
+    if isinstance(element, np.ndarray):
+        digest.update(f"{element.shape} {element.dtype.str}".encode())
+        if element.dtype != object:
+            digest.update(np.ascontiguousarray(element).data)
+            return
+        for part in element.ravel():
+            _add(digest, part)
+    elif isinstance(element, bytes):
+        digest.update(f"bytes {len(element)}".encode() + element)
+    elif isinstance(element, Path):
+        try:
+            digest.update(f"file {element.name} {element.stat().st_size}".encode())
+        except OSError as error:
+            raise DataError(f"{element} is not there or cannot be read: put it back, or read the set anew.") from error
+    else:
+        place = getattr(element, "place", None)
+        require(isinstance(place, str), f"an example is a {type(element).__name__}: expected an array, bytes or Path.")
+        digest.update(f"stored {place}".encode())
 
 
 def _is_count(value: Any, n: int) -> bool:

@@ -3,7 +3,7 @@
 import importlib.util
 import json
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from l2t_jax.data.sets import DataError, require
 from l2t_jax.types import PyTree
 
 _READ_BATCH = 2000  # records a read; one at a time is several times slower
+_ENCODED_BATCH = 100  # records with whole images
 Stack = Callable[[list[dict[str, Any]]], PyTree]
 
 
@@ -31,6 +32,85 @@ def read_tfds(data_dir: Path, download: bool, name: str, splits: Sequence[str], 
     Raises:
       DataError: the data are missing or unreadable.
     """
+    directory = _found(data_dir, download, name)
+    return [_read(directory, split, stack) for split in splits]
+
+
+class Records:
+    """A split of a prepared TFDS data set whose records are read when asked for; its images stay encoded.
+
+    Raises:
+      DataError: it is missing or unreadable.
+    """
+
+    def __init__(self, directory: Path, split: str) -> None:
+        _require_array_record(directory)
+        import tensorflow_datasets as tfds  # seconds to import
+
+        try:
+            builder = tfds.builder_from_directory(directory)
+            features = builder.info.features
+            images = [name for name, feature in features.items() if isinstance(feature, tfds.features.Image)]
+            skip = {name: tfds.decode.SkipDecoding() for name in images}
+            self._source = builder.as_data_source(split, decoders=skip)
+            self._count = len(self._source)
+        except Exception as error:
+            raise _unreadable(directory, split, error) from error
+        self.directory, self.split = directory, split
+        self.name = f"{builder.info.full_name} {split}"
+        self.fields = tuple(features)
+        self._features = features
+
+    def __len__(self) -> int:
+        return self._count
+
+    def read(self, index: int, field: str) -> Any:
+        """A field of the record at an index; an image encoded."""
+        return self._read([index])[0][field]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        """All records in order."""
+        for start in range(0, len(self), _ENCODED_BATCH):
+            yield from self._read(range(start, min(start + _ENCODED_BATCH, len(self))))
+
+    def classes(self, *path: str) -> tuple[str, ...]:
+        """The names of the classes of a feature, e.g. "objects", "label"; () where it is none of classes."""
+        feature = self._features
+        for key in path:
+            feature = getattr(feature, "feature", feature)  # of a sequence
+            if not hasattr(feature, "keys") or key not in feature:
+                return ()
+            feature = feature[key]
+        feature = getattr(feature, "feature", feature)
+        return tuple(feature.names) if getattr(feature, "num_classes", None) else ()
+
+    def _read(self, indices: Sequence[int]) -> list[dict[str, Any]]:
+        try:
+            return list(self._source.__getitems__(indices))
+        except Exception as error:
+            raise _unreadable(self.directory, self.split, error) from error
+
+
+def open_tfds(data_dir: Path, download: bool, name: str) -> tuple[Records, Records]:
+    """Open the splits train and validation (where there is none: test) for reading record by record.
+
+    Args:
+      data_dir: as in `read_tfds`.
+      download: likewise.
+      name: likewise.
+    Raises:
+      DataError: the data are missing or unreadable, or a split is empty.
+    """
+    directory = _found(data_dir, download, name)
+    splits = [split["name"] for split in json.loads((directory / "dataset_info.json").read_text()).get("splits", ())]
+    found = Records(directory, "train"), Records(directory, "test" if "validation" not in splits else "validation")
+    for records in found:
+        require(len(records) > 0, f"{records.name} in {directory} holds no record.")
+    return found
+
+
+def _found(data_dir: Path, download: bool, name: str) -> Path:
+    """The folder of a prepared data set, prepared now where it is missing and that is asked for."""
     directory = _prepared(data_dir, name)
     if directory is None and download:
         _download(data_dir, name)
@@ -41,7 +121,7 @@ def read_tfds(data_dir: Path, download: bool, name: str, splits: Sequence[str], 
             "TFDS_DATA_DIR) at prepared array_record data, or run once with --download, which needs "
             "TensorFlow for preparing (pip install tensorflow)."
         )
-    return [_read(directory, split, stack) for split in splits]
+    return directory
 
 
 def _prepared(data_dir: Path, name: str) -> Path | None:
@@ -49,18 +129,16 @@ def _prepared(data_dir: Path, name: str) -> Path | None:
 
     The folder of the set itself, or of one of its versions, does as well.
     """
-    folder = next((place for place in (data_dir, data_dir.parent) if place.name == name), data_dir / name)
+    parts = Path(name).parts  # two where a set has kinds: coco/2017
+    is_its = lambda place: place.parts[-len(parts) :] == parts  # noqa: E731
+    folder = next((place for place in (data_dir, data_dir.parent) if is_its(place)), data_dir / name)
     found = [p.parent for p in folder.glob("*/dataset_info.json")]
     versions = [p for p in found if re.fullmatch(r"\d+\.\d+\.\d+", p.name)]
     return max(versions, key=lambda p: tuple(map(int, p.name.split("."))), default=None)
 
 
 def _read(directory: Path, split: str, stack: Stack) -> PyTree:
-    stored = json.loads((directory / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
-    require(
-        stored == "array_record",
-        f"{directory} is prepared as {stored}, expected array_record: remove it and run with --download.",
-    )
+    _require_array_record(directory)
     import tensorflow_datasets as tfds  # seconds to import
 
     try:
@@ -68,11 +146,23 @@ def _read(directory: Path, split: str, stack: Stack) -> PyTree:
         blocks = [range(i, min(i + _READ_BATCH, len(source))) for i in range(0, len(source), _READ_BATCH)]
         parts = [stack(source.__getitems__(block)) for block in blocks]
     except Exception as error:
-        raise DataError(
-            f"Split {split!r} of {directory} could not be read ({_reason(error)}): check that all of its "
-            "array_record files are there, or remove the directory and run with --download."
-        ) from error
+        raise _unreadable(directory, split, error) from error
     return jax.tree.map(lambda *leaves: np.concatenate(leaves), *parts)
+
+
+def _require_array_record(directory: Path) -> None:
+    stored = json.loads((directory / "dataset_info.json").read_text()).get("fileFormat", "tfrecord")
+    require(
+        stored == "array_record",
+        f"{directory} is prepared as {stored}, expected array_record: remove it and run with --download.",
+    )
+
+
+def _unreadable(directory: Path, split: str, error: Exception) -> DataError:
+    return DataError(
+        f"Split {split!r} of {directory} could not be read ({_reason(error)}): check that all of its "
+        "array_record files are there, or remove the directory and run with --download."
+    )
 
 
 def _download(data_dir: Path, name: str) -> None:
