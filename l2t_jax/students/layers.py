@@ -155,8 +155,8 @@ class Conv(nn.Module):
         """Map [B, H, W, c] to [B, h, w, channels]."""
         shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.channels)
         kernel = self.param("kernel", he_normal, shape).astype(x.dtype)
-        options = {"padding": self.padding, "dilation": self.dilation, "groups": self.groups}
-        x = conv2d(x, kernel, strides=self.stride, **options)
+        apart = {"dilation": self.dilation, "groups": self.groups}
+        x = conv2d(x, kernel, strides=self.stride, padding=self.padding, **apart)
         return x + self.param("bias", nn.initializers.zeros, (self.channels,)) if self.use_bias else x
 
 
