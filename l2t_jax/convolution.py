@@ -12,7 +12,9 @@ Legend: B batch, H x W input, h x w output, I input and O output channels, G gro
 """
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -27,6 +29,7 @@ from l2t_jax.types import Array
 
 NHWC = ("NHWC", "HWIO", "NHWC")
 FEW_CHANNELS = 12  # input channels; up to here products of windows and bands are fastest on CPU
+SHIFTS = 49  # kernel positions; a depthwise convolution of up to so many is a sum of shifted images
 CACHE = 4 * 2**20  # bytes; patches that fit are faster there in one matrix product
 Pair = tuple[int, int]
 
@@ -149,6 +152,9 @@ def _listed(value: Any) -> list[Any]:
 
 
 def _conv(x: Array, w: Array, spec: Spec) -> Array:
+    if _is_depthwise(spec, w.shape[2], w.shape[3]):
+        terms = [shifted * weight for shifted, weight in zip(_shifted(x, spec), w.reshape(-1, w.shape[3]), strict=True)]
+        return functools.reduce(operator.add, terms)
     if _is_banded(spec, x.shape[3]):
         return _banded(x, w, spec)
     if spec.groups == 1 and (spec.kernel == (1, 1) or _patch_bytes(x, spec) <= CACHE):
@@ -168,7 +174,7 @@ def _conv_input(g: Array, w: Array, spec: Spec) -> Array:
     k = w.reshape(*spec.kernel, w.shape[2], spec.groups, -1)  # [K, K, I / G, G, O / G]
     k = k.transpose(0, 1, 4, 3, 2).reshape(*spec.kernel, -1, w.shape[2] * spec.groups)[::-1, ::-1]
     plain = Spec((g.shape[1], g.shape[2]), spec.kernel, (1, 1), ((0, 0), (0, 0)), spec.dilation, spec.groups)
-    return _lax_conv(g, k, plain)
+    return _conv(g, k, plain) if _is_depthwise(spec, w.shape[2], w.shape[3]) else _lax_conv(g, k, plain)
 
 
 def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
@@ -178,6 +184,9 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     reverse.
     """
     inputs = x.shape[3] // spec.groups
+    if _is_depthwise(spec, inputs, g.shape[3]):
+        sums = [(shifted * g).sum((0, 1, 2)) for shifted in _shifted(x, spec)]
+        return jnp.stack(sums).reshape(*spec.kernel, 1, -1)
     if _is_banded(spec, inputs):
         return _transposed(_banded, 1, g, x, spec)
     if spec.groups == 1:
@@ -194,6 +203,11 @@ def _conv_kernel(x: Array, g: Array, spec: Spec) -> Array:
     swapped = Spec(spec.input, spec.output, spec.dilation, padding, spec.strides, spec.groups)
     y = _lax_conv(x, g.transpose(1, 2, 0, 3), swapped)  # [I / G, ..., G B] by [h, w, B, O]
     return y.transpose(1, 2, 0, 3)  # [I / G, K, K, O] -> [K, K, I / G, O]
+
+
+def _is_depthwise(spec: Spec, inputs: int, outputs: int) -> bool:
+    """Whether each channel is convolved with one kernel of its own, which XLA:CPU does channel by channel."""
+    return 1 < spec.groups == outputs and inputs == 1 and math.prod(spec.kernel) <= SHIFTS
 
 
 def _is_banded(spec: Spec, inputs: int) -> bool:

@@ -19,6 +19,7 @@ SHAPES = {  # name: H, W, I, O, kernel, options
     "dilated": (9, 9, 2, 3, (3, 3), {"dilation": 2}),
     "dilated_strided": (9, 8, 2, 3, (3, 2), {"dilation": (2, 1), "strides": (1, 3), "padding": "VALID"}),
     "groups": (6, 6, 4, 6, (3, 3), {"groups": 2}),
+    "depthwise": (8, 7, 4, 4, (3, 3), {"groups": 4, "strides": 2, "padding": 2, "dilation": 2}),
     "depthwise_strided": (8, 8, 4, 8, (3, 3), {"groups": 4, "strides": 2}),
     "even_kernel_odd_padding": (6, 6, 2, 2, (4, 4), {"padding": ((2, 0), (-1, 3))}),
     "kernel_as_large_as_input": (5, 5, 2, 2, (5, 5), {"padding": "VALID"}),
@@ -77,7 +78,7 @@ def test_agrees_with_lax(name, x64):
 
 
 @pytest.mark.parametrize("mapped", [(0, 0), (0, None), (None, 0), pytest.param((2, 3), marks=pytest.mark.versions)])
-@pytest.mark.parametrize("name", ["same_strided", "groups", "dilated_strided"])
+@pytest.mark.parametrize("name", ["same_strided", "groups", "dilated_strided", "depthwise"])
 def test_vmap(name, mapped, x64):
     (x, w, _, _), options = operands(name, lead=(3,))
     pick = lambda a, d: a[0] if d is None else jnp.moveaxis(a, 0, d)  # noqa: E731

@@ -6,6 +6,7 @@ from functools import partial
 from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
+from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.resnet import resnet
 from l2t_jax.types import Student
 
@@ -15,6 +16,9 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "resnet8": partial(resnet, 8),
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
+    "pspnet_small": pspnet_small,
+    "pspnet50": partial(pspnet, 50),
+    "pspnet101": partial(pspnet, 101),
 }
 
-__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "resnet"]
+__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "pspnet", "pspnet_small", "resnet"]

@@ -9,6 +9,7 @@ from typing import Any, cast
 import chex
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import linen as nn
 
 from l2t_jax.convolution import conv2d
@@ -28,7 +29,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     inputs are ids, they take the dtype of Python's floats: float32, or float64 where that is enabled.
 
     Args:
-      module: maps inputs [B, ...], floats or int32 ids, and a Python bool `train` to outputs [B, C].
+      module: maps inputs [B, ...], floats or int32 ids, and a Python bool `train` to outputs [B, C]. Both may be trees.
       draws: the module draws at random in training: its call takes keys [B] or None as a third argument, for `dropout`.
 
     Returns:
@@ -45,12 +46,13 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     initial = jax.jit(lambda key, inputs: module.init(key, inputs, False))
 
     def init(key: Key, inputs: Array) -> dict[str, PyTree]:
-        if inputs.dtype not in (jnp.int32, jnp.int64) and not jnp.issubdtype(inputs.dtype, jnp.floating):
+        given = jax.tree.leaves(inputs)[0].dtype
+        if given not in (jnp.int32, jnp.int64) and not jnp.issubdtype(given, jnp.floating):
             raise ValueError(
-                f"inputs are {inputs.dtype}: expected floats, or int32 ids for a student that embeds them. Pixels are "
+                f"inputs are {given}: expected floats, or int32 ids for a student that embeds them. Pixels are "
                 "normalised first, (x - mean) / std."
             )
-        dtype = inputs.dtype if jnp.issubdtype(inputs.dtype, jnp.floating) else jnp.result_type(float)
+        dtype = given if jnp.issubdtype(given, jnp.floating) else jnp.result_type(float)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
@@ -85,7 +87,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     return Student(init, apply, head, draws)
 
 
-def dropout(x: Array, rate: float, keys: Key | None, place: int) -> Array:
+def dropout(x: Array, rate: float, keys: Key | None, place: int, *, channels: bool = False) -> Array:
     """Set each entry to zero with probability `rate`, and scale the others by 1 / (1 - rate).
 
     Args:
@@ -93,20 +95,22 @@ def dropout(x: Array, rate: float, keys: Key | None, place: int) -> Array:
       rate: in [0, 1).
       keys: [B], one for each example, so that how a batch is divided over devices changes nothing; None: x as it is.
       place: a number for each dropout of a network, which then draw independently.
+      channels: whether a channel, the last axis, is dropped as a whole: neighbouring pixels say nearly the same.
 
-    Source: Srivastava et al. 2014, scaled in training as is usual now.
+    Source: Srivastava et al. 2014, scaled in training as is usual now; for channels Tompson et al. 2015.
     """
     if keys is None or rate == 0:
         return x
     chex.assert_shape(keys, x.shape[:1])
-    draw = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, x.shape[1:]))
+    shape = (*(1,) * (x.ndim - 2), x.shape[-1]) if channels else x.shape[1:]
+    draw = jax.vmap(lambda key: jax.random.bernoulli(jax.random.fold_in(key, place), 1 - rate, shape))
     return jnp.where(draw(keys), x / (1 - rate), 0)
 
 
-def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
+def batch_norm(train: bool, axis_name: str | None, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """Make the BatchNorm all students use: statistics of the batch in training, running ones otherwise.
 
-    running <- 0.9 running + 0.1 batch, with the biased variance for both; epsilon is 1e-5. The variance is the mean of
+    running <- 0.9 running + 0.1 batch, with the biased variance for both. The variance is the mean of
     (x - mean)^2 in a second pass: E x^2 - (E x)^2, linen's default, loses all digits of inputs far from zero, and on
     a whole hypergradient of ResNet-8 is not faster.
 
@@ -114,6 +118,7 @@ def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
       train: whether to normalise by the batch and to move the running statistics.
       axis_name: mapped axis over whose members the batch statistics are averaged as well, or None.
       name: submodule name.
+      epsilon: what is added to the variance.
 
     Returns:
       An unbound linen module.
@@ -123,7 +128,7 @@ def batch_norm(train: bool, axis_name: str | None, name: str) -> nn.BatchNorm:
     return nn.BatchNorm(
         use_running_average=not train,
         momentum=0.9,
-        epsilon=1e-5,
+        epsilon=epsilon,
         axis_name=axis_name,
         use_fast_variance=False,
         name=name,
@@ -142,19 +147,22 @@ class Conv(nn.Module):
     stride: int = 1
     padding: str | int = "VALID"
     use_bias: bool = False
+    dilation: int = 1
+    groups: int = 1
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
         """Map [B, H, W, c] to [B, h, w, channels]."""
-        shape = (self.kernel, self.kernel, x.shape[-1], self.channels)
+        shape = (self.kernel, self.kernel, x.shape[-1] // self.groups, self.channels)
         kernel = self.param("kernel", he_normal, shape).astype(x.dtype)
-        x = conv2d(x, kernel, strides=self.stride, padding=self.padding)
+        apart = {"dilation": self.dilation, "groups": self.groups}
+        x = conv2d(x, kernel, strides=self.stride, padding=self.padding, **apart)
         return x + self.param("bias", nn.initializers.zeros, (self.channels,)) if self.use_bias else x
 
 
-def conv(channels: int, kernel: int, stride: int, name: str) -> Conv:
+def conv(channels: int, kernel: int, stride: int, name: str, dilation: int = 1) -> Conv:
     """Make the convolution of the residual networks: no bias, centred."""
-    return Conv(channels, kernel, stride, kernel // 2, name=name)
+    return Conv(channels, kernel, stride, dilation * (kernel // 2), dilation=dilation, name=name)
 
 
 def max_pool(x: Array, window: int = 2) -> Array:
@@ -167,6 +175,69 @@ def max_pool(x: Array, window: int = 2) -> Array:
     b, h, w, c = x.shape
     x = x[:, : h - h % window, : w - w % window]
     return x.reshape(b, h // window, window, w // window, window, c).max((2, 4))
+
+
+def max_pool_3x3(x: Array) -> Array:
+    """Take the maximum over 3x3 windows with stride 2, centred: [B, H, W, c] -> [B, ceil(H / 2), ceil(W / 2), c].
+
+    Slices and maxima, first of rows, then of columns, for the reason of `max_pool`.
+    """
+    for axis in (1, 2):
+        edges = [(0, 0, 0)] * 4
+        edges[axis] = (1, 1, 0)
+        padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), edges)
+        last = (x.shape[axis] - 1) // 2 * 2
+        parts = [jax.lax.slice_in_dim(padded, i, last + i + 1, stride=2, axis=axis) for i in range(3)]
+        x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
+    return x
+
+
+def resize_aligned(x: Array, size: tuple[int, int]) -> Array:
+    """Interpolate bilinearly with corners on corners: output i lies at i (h - 1) / (H - 1) of the input.
+
+    Args:
+      x: [B, h, w, c].
+      size: (H, W). Along an axis of length 1 all outputs are alike, and one output is the first input.
+
+    Returns:
+      [B, H, W, c].
+    """
+    x = x[:, : x.shape[1] if size[0] > 1 else 1, : x.shape[2] if size[1] > 1 else 1]
+    shape = (x.shape[0], *size, x.shape[3])
+    axes = [axis for axis in (1, 2) if x.shape[axis] not in (1, shape[axis])]
+    if axes:
+        scale = np.array([(shape[axis] - 1) / (x.shape[axis] - 1) for axis in axes])
+        there = tuple(shape[axis] if axis in axes else length for axis, length in enumerate(x.shape))
+        shift, dtype = 0.5 - scale / 2, jnp.promote_types(x.dtype, jnp.float32)
+        scales = jnp.asarray(scale, dtype), jnp.asarray(shift, dtype)
+        x = jax.image.scale_and_translate(x, there, axes, *scales, "linear", antialias=False)
+    return jnp.broadcast_to(x, shape)
+
+
+def adaptive_average_pool(x: Array, grid: int) -> Array:
+    """Average a feature map over grid x grid cells, which overlap where it does not divide into them.
+
+    Cell i of n goes from floor(i h / n) to ceil((i + 1) h / n), exclusive.
+
+    Args:
+      x: [B, h, w, c], of any size.
+      grid: n.
+
+    Returns:
+      [B, n, n, c].
+    """
+    rows, columns = (_cells(length, grid).astype(x.dtype) for length in x.shape[1:3])
+    # Rows first, and in the precision of x: a GPU would round the operands of a product otherwise.
+    x = jnp.einsum("ih,bhwc->biwc", rows, x, precision="highest")
+    return jnp.einsum("jw,biwc->bijc", columns, x, precision="highest")
+
+
+def _cells(length: int, grid: int) -> np.ndarray:
+    weights = np.zeros((grid, length))
+    for i in range(grid):
+        cell = slice(i * length // grid, -(-(i + 1) * length // grid))
+        weights[i, cell] = 1 / (cell.stop - cell.start)
+    return weights
 
 
 def average_pool_to_grid(x: Array, grid: int) -> Array:
