@@ -7,6 +7,7 @@ from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
 from l2t_jax.students.resnet import resnet
+from l2t_jax.students.yolov3 import yolov3, yolov3_tiny
 from l2t_jax.types import Student
 
 STUDENTS: dict[str, Callable[..., Student]] = {
@@ -15,6 +16,8 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "resnet8": partial(resnet, 8),
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
+    "yolov3": yolov3,
+    "yolov3_tiny": yolov3_tiny,
 }
 
-__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "resnet"]
+__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "resnet", "yolov3", "yolov3_tiny"]

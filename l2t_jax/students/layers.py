@@ -28,7 +28,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     inputs are ids, they take the dtype of Python's floats: float32, or float64 where that is enabled.
 
     Args:
-      module: maps inputs [B, ...], floats or int32 ids, and a Python bool `train` to outputs [B, C].
+      module: maps inputs [B, ...], floats or int32 ids, or a tuple of such, and a Python bool `train` to outputs [B, C].
       draws: the module draws at random in training: its call takes keys [B] or None as a third argument, for `dropout`.
 
     Returns:
@@ -45,12 +45,13 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     initial = jax.jit(lambda key, inputs: module.init(key, inputs, False))
 
     def init(key: Key, inputs: Array) -> dict[str, PyTree]:
-        if inputs.dtype not in (jnp.int32, jnp.int64) and not jnp.issubdtype(inputs.dtype, jnp.floating):
+        kind = jax.tree.leaves(inputs)[0].dtype
+        if kind not in (jnp.int32, jnp.int64) and not jnp.issubdtype(kind, jnp.floating):
             raise ValueError(
-                f"inputs are {inputs.dtype}: expected floats, or int32 ids for a student that embeds them. Pixels are "
+                f"inputs are {kind}: expected floats, or int32 ids for a student that embeds them. Pixels are "
                 "normalised first, (x - mean) / std."
             )
-        dtype = inputs.dtype if jnp.issubdtype(inputs.dtype, jnp.floating) else jnp.result_type(float)
+        dtype = kind if jnp.issubdtype(kind, jnp.floating) else jnp.result_type(float)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
