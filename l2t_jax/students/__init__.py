@@ -8,6 +8,7 @@ from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
 from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.resnet import resnet
+from l2t_jax.students.yolov3 import yolov3, yolov3_tiny
 from l2t_jax.types import Student
 
 STUDENTS: dict[str, Callable[..., Student]] = {
@@ -19,6 +20,18 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "pspnet_small": pspnet_small,
     "pspnet50": partial(pspnet, 50),
     "pspnet101": partial(pspnet, 101),
+    "yolov3": yolov3,
+    "yolov3_tiny": yolov3_tiny,
 }
 
-__all__ = ["STUDENTS", "from_linen", "lenet", "mlp", "pspnet", "pspnet_small", "resnet"]
+__all__ = [
+    "STUDENTS",
+    "from_linen",
+    "lenet",
+    "mlp",
+    "pspnet",
+    "pspnet_small",
+    "resnet",
+    "yolov3",
+    "yolov3_tiny",
+]

@@ -13,18 +13,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax.data import DataError, Dataset, require
+from l2t_jax.data import Dataset, require
+from l2t_jax.data.annotated import Annotated
 from l2t_jax.data.augment import crop_masked, pad_to_canvas
 from l2t_jax.data.drawn import drawn_masks
-from l2t_jax.data.images import decode, decode_mask, size_of
-from l2t_jax.data.voc import VOC_CLASSES, read_voc, read_voc_tfds
+from l2t_jax.data.images import size_of
+from l2t_jax.data.masks import IGNORED, read_masks_tfds, read_pair, read_voc
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.students.layers import resize_aligned
 from l2t_jax.tasks.reading import Seeds
 from l2t_jax.tasks.spec import Panel, TaskSpec
 from l2t_jax.types import Array, Batch, Errors, Key, Metric, PyTree, Read, Segmented, Student, Task
 
-IGNORED = 255  # the label of pixels that do not count
 AUXILIARY = 0.4  # weight of the second head's loss
 STRIDE = 2 / 3  # of windows over an image that is larger than one, in windows
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's pixels, per channel
@@ -73,8 +73,8 @@ def segmentation(dataset: Dataset, *, crop: int = 0, scales: str = "1", mirror: 
     def read(examples: PyTree, indices: np.ndarray, seeds: Seeds) -> PyTree:
         found = []
         for place, i in enumerate(indices):
-            image, mask = decode(examples["image"][i]), decode_mask(examples["mask"][i])
-            _check_pair(dataset.name, i, image, mask, names)
+            where = f"{dataset.name}, example {i}"
+            image, mask = read_pair(examples["image"][i], examples["mask"][i], names, where)
             if seeds is None:
                 largest = tuple(max(a, b) for a, b in zip(canvas, image.shape[:2], strict=True))
                 found.append(pad_to_canvas(image, mask, largest))
@@ -264,20 +264,6 @@ def _canvas(part: PyTree, crop: int) -> tuple[int, int]:
     return height, width
 
 
-def _check_pair(name: str, index: int, image: np.ndarray, mask: np.ndarray, classes: int) -> None:
-    if mask.shape != image.shape[:2]:
-        raise DataError(
-            f"{name}: image {index} is {image.shape[0]}x{image.shape[1]} and its mask {mask.shape[0]}x{mask.shape[1]}: "
-            "they must be of one size."
-        )
-    wrong = mask[(mask >= classes) & (mask != IGNORED)]
-    if wrong.size:
-        raise DataError(
-            f"{name}: the mask of image {index} has the class {wrong[0]}, expected 0 to {classes - 1}, or {IGNORED} for "
-            "pixels that do not count."
-        )
-
-
 def check(dataset: Dataset) -> None:
     """Check that both parts have images and masks.
 
@@ -290,12 +276,12 @@ def check(dataset: Dataset) -> None:
     require(isinstance(dataset.info, Pixels), f"{dataset.name}: info must be `Pixels`.")
 
 
-def _tfds(name: str, crop: int) -> Callable[[Path, bool], Dataset]:
-    def load(data_dir: Path, download: bool) -> Dataset:
-        train, test = read_voc_tfds(data_dir, download, name)
-        return Dataset(name, train, test, Pixels(VOC_CLASSES, crop))
+def _dataset(name: str, found: Annotated, crop: int) -> Dataset:
+    return Dataset(name, found.train, found.test, Pixels(found.names, crop))
 
-    return load
+
+def _tfds(name: str, crop: int) -> Callable[[Path, bool], Dataset]:
+    return lambda data_dir, download: _dataset(name, read_masks_tfds(data_dir, download, name), crop)
 
 
 def open_path(path: Path) -> Dataset:
@@ -304,19 +290,14 @@ def open_path(path: Path) -> Dataset:
     Raises:
       DataError: see `read_voc`.
     """
-    train, test = read_voc(path)
-    return Dataset(str(path), train, test, Pixels(VOC_CLASSES, 473))
-
-
-def _shapes(data_dir: Path, download: bool) -> Dataset:
-    train, test, names = drawn_masks()
-    return Dataset("shapes", train, test, Pixels(names, 97))
+    return _dataset(str(path), read_voc(path), 473)
 
 
 SEGMENTATION = TaskSpec(
     build=segmentation,
     datasets={
-        "shapes": _shapes,
+        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 97),
+        "voc/2012": _tfds("voc/2012", 473),
         "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193),
     },
     open=open_path,
