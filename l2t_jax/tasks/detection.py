@@ -5,24 +5,18 @@ h and w height and width of a map in cells, Q cells and anchors of all maps, K d
 """
 
 import dataclasses
-from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2t_jax.data import DataError, Dataset, require
+from l2t_jax.data import Dataset
 from l2t_jax.data.augment import jittered, letterboxed
-from l2t_jax.data.coco import read_coco, read_coco_tfds
-from l2t_jax.data.drawn import drawn_boxes
 from l2t_jax.data.images import decode
-from l2t_jax.tasks.boxes import ANCHORS, average_precision, decode_boxes, iou, suppress, unletterbox
+from l2t_jax.tasks.boxes import ANCHORS, decode_boxes, iou, suppress
 from l2t_jax.tasks.reading import Seeds
-from l2t_jax.tasks.spec import Panel, TaskSpec
 from l2t_jax.types import Array, Batch, Key, Metric, PyTree, Read, Student, Task
 
 MOST = 90  # boxes of a training image

@@ -160,7 +160,8 @@ def predict(
     """
 
     def seen(images: Array) -> Array:
-        return jax.nn.softmax(student.apply(variables, images, False)[0].logits)
+        outputs: Any = student.apply(variables, images, False)[0]  # a `Segmented`
+        return jax.nn.softmax(outputs.logits)
 
     height, width = images.shape[1:3]
     total: Array | float = 0.0
