@@ -1,5 +1,6 @@
 """Images with boxes: COCO's files and prepared sets; wrong boxes are counted, wrong files told in a line."""
 
+import copy
 import json
 
 import numpy as np
@@ -25,7 +26,7 @@ def content():
         annotation(2, 30, 3, [0, 0, 100, 50], area=5000),
         annotation(3, 20, 7, [50, 25, 10, 5]),
     ]
-    return {"images": images, "annotations": annotations, "categories": CATEGORIES}
+    return {"images": images, "annotations": annotations, "categories": copy.deepcopy(CATEGORIES)}
 
 
 def coco(folder, change=lambda content: None, pictures="{kind}2017", size=(100, 50)):
@@ -115,7 +116,7 @@ def put(*path_and_value):
 BOX = ("annotations", 0, "bbox")
 BAD = {
     "broken JSON": (lambda told: '{"images": [', "instances_train2017.json cannot be read as JSON"),
-    "nothing": (lambda told: "", "cannot be read as JSON"),
+    "nothing": (lambda told: " ", "cannot be read as JSON"),
     "a list": (lambda told: "[]", "has no list images"),
     "no annotations": (lambda told: told.pop("annotations") and None, "has no list annotations"),
     "no categories": (put("categories", []), "has no categories"),
