@@ -159,7 +159,7 @@ def test_boxes_are_where_their_marks_are(seed, scale):
 
 
 def test_boxes_are_cut_and_dropped():
-    boxes = np.float32([[0.1, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.95, 0.5, 0.1, 0.1], [0.25, 0.5, 0.0005, 0.5]])
+    boxes = np.float32([[0.1, 0.5, 0.2, 0.2], [0.5, 0.5, 0.2, 0.2], [0.95, 0.5, 0.1, 0.1], [0.25, 0.5, 0.0004, 0.5]])
     moved, kept = move_boxes(boxes, (-0.3, 0.0, 2.0, 1.0), False)
     np.testing.assert_allclose(moved[:2], [[0.05, 0.5, 0.1, 0.2], [0.7, 0.5, 0.4, 0.2]], atol=1e-6)
     assert kept.tolist() == [True, True, False, False]

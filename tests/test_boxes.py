@@ -1,6 +1,7 @@
 """Images with boxes: COCO's files and prepared sets; wrong boxes are counted, wrong files told in a line."""
 
 import copy
+import io
 import json
 
 import numpy as np
@@ -225,3 +226,56 @@ def test_a_prepared_set_without_boxes():
     folder = prepared("coco_voc_seg_mini")
     said_in_a_line(lambda: read_boxes_tfds(folder, False, "coco_voc_seg_mini"), "expected image and objects")
     said_in_a_line(lambda: read_boxes_tfds(folder, False, "coco/2017"), "coco/2017 is not in .*--download")
+
+
+def prepare(folder, features, records):
+    """A set of TFDS's own making, of the name shop."""
+    import tensorflow_datasets as tfds
+
+    with tfds.core.registered.skip_registration():
+
+        class Shop(tfds.core.GeneratorBasedBuilder):
+            VERSION = tfds.core.Version("1.0.0")
+
+            def _info(self):
+                return tfds.core.DatasetInfo(builder=self, features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, downloads):
+                return {"train": self._generate_examples(), "test": self._generate_examples()}
+
+            def _generate_examples(self):
+                yield from enumerate(records)
+
+    Shop(data_dir=folder, file_format="array_record").download_and_prepare()
+
+
+@pytest.mark.versions
+def test_a_prepared_set_without_areas_and_ids(tmp_path):
+    """As TFDS's voc is: boxes and labels alone, and a test split in place of one for validation."""
+    import tensorflow_datasets as tfds
+
+    def encoded():
+        file = io.BytesIO()
+        Image.new("RGB", (100, 50)).save(file, "jpeg")
+        file.seek(0)
+        return file
+
+    box = tfds.features.BBox
+    records = [
+        {"image": encoded(), "objects": [{"bbox": box(0.2, 0.1, 0.6, 0.3), "label": "owl"}]},
+        {"image": encoded(), "objects": []},
+    ]
+    label = tfds.features.ClassLabel(names=["cat", "owl"])
+    objects = tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "label": label})
+    prepare(tmp_path, {"image": tfds.features.Image(), "objects": objects}, records)
+    found = read_boxes_tfds(tmp_path, False, "shop")
+    assert found.names == ("cat", "owl") and found.counts["test"]["classes_without_boxes"] == 1
+    full = next(i for i in (0, 1) if len(found.test["boxes"][i]))
+    np.testing.assert_allclose(found.test["boxes"][full], [[0.2, 0.4, 0.2, 0.4]], rtol=1e-6)
+    np.testing.assert_allclose(found.test["area"][full], [20 * 20], rtol=1e-5)
+    assert found.test["classes"][full].tolist() == [1] and found.test["id"].tolist() == [0, 1]
+    for deeper in ("shop", "shop/1.0.0"):
+        assert read_boxes_tfds(tmp_path / deeper, False, "shop").names == found.names
+    for file in (tmp_path / "shop" / "1.0.0").glob("*test*"):
+        file.write_bytes(b"")
+    said_in_a_line(lambda: read_boxes_tfds(tmp_path, False, "shop"), "Split 'test' of .* could not be read")
