@@ -244,7 +244,7 @@ def prepare(folder, features, records):
                 return {"train": self._generate_examples(), "test": self._generate_examples()}
 
             def _generate_examples(self):
-                yield from enumerate(records)
+                yield from enumerate(records())
 
     Shop(data_dir=folder, file_format="array_record").download_and_prepare()
 
@@ -261,10 +261,8 @@ def test_a_prepared_set_without_areas_and_ids(tmp_path):
         return file
 
     box = tfds.features.BBox
-    records = [
-        {"image": encoded(), "objects": [{"bbox": box(0.2, 0.1, 0.6, 0.3), "label": "owl"}]},
-        {"image": encoded(), "objects": []},
-    ]
+    told = [{"bbox": box(0.2, 0.1, 0.6, 0.3), "label": "owl"}]
+    records = lambda: [{"image": encoded(), "objects": told}, {"image": encoded(), "objects": []}]  # noqa: E731
     label = tfds.features.ClassLabel(names=["cat", "owl"])
     objects = tfds.features.Sequence({"bbox": tfds.features.BBoxFeature(), "label": label})
     prepare(tmp_path, {"image": tfds.features.Image(), "objects": objects}, records)
