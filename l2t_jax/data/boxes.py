@@ -244,7 +244,7 @@ def _tfds_part(records: Records, c: int) -> tuple[dict[str, np.ndarray], dict[st
         ids.append(int(record.get("image/id", i)))
         area += list(told["area"]) if "area" in told else [np.nan] * size
         if "area" not in told:
-            height, width = size_of(record["image"], records.name)
+            height, width = size_of(record["image"], f"{records.name}, image {i}")
             flat += [float(height * width)] * size
     corners = np.array(bbox, np.float64).reshape(-1, 4)[:, [1, 0, 3, 2]]
     pixels = np.array(area, np.float64)

@@ -19,7 +19,7 @@ from l2t_jax.data.sets import DataError
 FORMS = ("circle", "square", "triangle")
 _SIDES = (96, 129)  # of images of masks: the least and the largest
 _BOXED_SIDES = (96, 128)
-_RADII = (0.12, 0.24)  # of the shorter side
+_RADII, _BOXED_RADII = (0.16, 0.28), (0.12, 0.24)  # of the shorter side
 _TURN = 0.35  # the most that a form is turned by, radians
 _CONTRAST = 70.0  # the least difference in brightness of a form and its ground, of 255
 _NOISE = 12.0  # standard deviation of each pixel
@@ -51,7 +51,7 @@ def drawn_masks(n_train: int = 400, n_test: int = 100, seed: int = 0) -> Annotat
     require_counts(DataError, n_train=(n_train, 1), n_test=(n_test, 1), seed=(seed, 0))
     parts = []
     for part, n in enumerate((n_train, n_test)):
-        drawn = [_draw(np.random.default_rng((seed, 0, part, i)), _SIDES, 3) for i in range(n)]
+        drawn = [_draw(np.random.default_rng((seed, 0, part, i)), _SIDES, _RADII, 3) for i in range(n)]
         masks = [_mask(image.shape[:2], forms) for image, forms in drawn]
         parts.append({"image": objects(image for image, _ in drawn), "mask": objects(masks)})
     return Annotated(parts[0], parts[1], ("background", *FORMS), {"train": {}, "test": {}})
@@ -72,7 +72,7 @@ def drawn_boxes(n_train: int = 400, n_test: int = 100, seed: int = 0) -> Annotat
     require_counts(DataError, n_train=(n_train, 1), n_test=(n_test, 1), seed=(seed, 0))
     parts = []
     for part, n in enumerate((n_train, n_test)):
-        drawn = [_draw(np.random.default_rng((seed, 1, part, i)), _BOXED_SIDES, 4) for i in range(n)]
+        drawn = [_draw(np.random.default_rng((seed, 1, part, i)), _BOXED_SIDES, _BOXED_RADII, 4) for i in range(n)]
         told = [[_box(form, image.shape[:2]) for form in forms] for image, forms in drawn]
         kinds = [np.array([form.kind for form in forms], np.int32) for _, forms in drawn]
         parts.append(
@@ -82,13 +82,15 @@ def drawn_boxes(n_train: int = 400, n_test: int = 100, seed: int = 0) -> Annotat
                 "classes": objects(kinds),
                 "crowd": objects(np.zeros(len(each), bool) for each in told),
                 "area": objects(np.array([area for _, area in each], np.float32) for each in told),
-                "id": np.arange(n, dtype=np.int64) + part * n_train,
+                "id": np.arange(n, dtype=np.int64),
             }
         )
     return Annotated(parts[0], parts[1], FORMS, {"train": {}, "test": {}})
 
 
-def _draw(rng: np.random.Generator, sides: tuple[int, int], most: int) -> tuple[np.ndarray, list[_Form]]:
+def _draw(
+    rng: np.random.Generator, sides: tuple[int, int], radii: tuple[float, float], most: int
+) -> tuple[np.ndarray, list[_Form]]:
     """An image [H, W, 3] uint8 and its forms, which do not touch."""
     height, width = (int(side) for side in rng.integers(sides[0], sides[1] + 1, 2))
     ground = rng.uniform(40, 215, 3)
@@ -96,7 +98,7 @@ def _draw(rng: np.random.Generator, sides: tuple[int, int], most: int) -> tuple[
     free = np.ones((height, width), bool)
     forms: list[_Form] = []
     for _ in range(int(rng.integers(1, most + 1))):
-        form = _place(rng, free)
+        form = _place(rng, free, radii)
         if form is None:
             break  # the image is full
         forms.append(form)
@@ -128,11 +130,11 @@ def _colour(rng: np.random.Generator, ground: np.ndarray) -> np.ndarray:
     return np.clip(colour, 0, 255)
 
 
-def _place(rng: np.random.Generator, free: np.ndarray) -> _Form | None:
+def _place(rng: np.random.Generator, free: np.ndarray, radii: tuple[float, float]) -> _Form | None:
     """A form where nothing is yet, all of it inside; None where none was found."""
     height, width = free.shape
     for _ in range(_TRIES):
-        radius = rng.uniform(*_RADII) * min(height, width)
+        radius = rng.uniform(*radii) * min(height, width)
         reach = radius + 2
         at_y, at_x = rng.uniform(reach, height - reach), rng.uniform(reach, width - reach)
         kind, turn = int(rng.integers(len(FORMS))), rng.uniform(-_TURN, _TURN)
