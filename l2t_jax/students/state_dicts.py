@@ -107,13 +107,13 @@ def variables_from(
         kernel = keys[-1] == "kernel"
         expected = tuple(leaf.shape[i] for i in (3, 2, 0, 1)) if kernel else tuple(leaf.shape)
         if array.shape != expected:
-            misfit.append(f"{name} is {list(array.shape)} for {list(expected)}")
+            misfit.append(f"{name} ({list(array.shape)} for {list(expected)})")
         found.append(array.transpose(2, 3, 1, 0) if kernel and array.ndim == 4 else array)
     over = [name for name in state if name not in used and not name.startswith(unused) and COUNTERS not in name]
-    wrong = [(missing, "lack"), (over, "have besides"), (misfit, "misfit")]
-    if any(names for names, _ in wrong):
-        problems = [f"{verb} {_some(names)}" for names, verb in wrong if names]
-        raise ValueError(f"{told} do not fit the network; they {'; they '.join(problems)}.")
+    wrong = {"missing": missing, "left over": over, "of another shape": misfit}
+    if any(wrong.values()):
+        problems = "; ".join(f"{kind} {_some(names)}" for kind, names in wrong.items() if names)
+        raise ValueError(f"{told} do not fit this network: {problems}. Give the state dict of the same architecture.")
     return jax.tree.unflatten(structure, found)
 
 
