@@ -245,7 +245,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
       UsageError: a name is unknown, a value is out of range, or two flags exclude each other.
     """
     if task is not None and not FLAGS["task"].present:
-        FLAGS.task = task
+        FLAGS["task"].value = task
     of_task = spec()
     if task not in (None, FLAGS.task):
         raise UsageError(f"--task={FLAGS.task} is not what experiments.{experiment} is for: use experiments.compare.")

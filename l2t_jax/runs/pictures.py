@@ -27,16 +27,16 @@ def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState,
     spec = TASKS[setting.config.task]
     if spec.illustrate is None or not ended:
         return
-    task, test = setting.parts.task, setting.dataset.test
+    task, test, info = setting.parts.task, setting.dataset.test, setting.dataset.info
     n = len(jax.tree.leaves(test)[0])
     which = np.linspace(0, n - 1, min(IMAGES, n)).round().astype(int)
     block = task.read(at(test, which), np.arange(len(which)), None) if task.read else at(test, which)
     student = scored(setting.parts.student)
-    columns: dict[str, list[Panel]] = {"truth": spec.illustrate(task, student, None, block)}
+    columns: dict[str, list[Panel]] = {"truth": spec.illustrate(info, task, student, None, block)}
     seen = {"before": begun, **{entry.name: ended[entry.name] for entry in entries if entry.name in ended}}
     for name, state in seen.items():
-        columns[name] = spec.illustrate(task, student, state.student.variables, block)
-    names = getattr(setting.dataset.info, "names", ())
+        columns[name] = spec.illustrate(info, task, student, state.student.variables, block)
+    names = getattr(info, "names", ())
     plots.panels(path, columns, names=names, title=f"{setting.config.dataset}, {setting.config.student}")
 
 

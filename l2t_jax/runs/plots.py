@@ -296,8 +296,8 @@ def panels(
                     )
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour_of(value)) for value in sorted(seen)]
     if handles:
-        legend = {"loc": "outside lower center", "ncols": 6, "frameon": False, "fontsize": "small"}
-        figure.legend(handles, [names[value] for value in sorted(seen)], **legend)
+        labels = [names[value] for value in sorted(seen)]
+        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
     figure.suptitle(title)
     return _write(figure, path)
 

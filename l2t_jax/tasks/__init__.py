@@ -8,6 +8,7 @@ from l2t_jax.data import DataError, Dataset
 from l2t_jax.inputs import known
 from l2t_jax.tasks import own
 from l2t_jax.tasks.classification import CLASSIFICATION
+from l2t_jax.tasks.detection import DETECTION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
 from l2t_jax.tasks.segmentation import SEGMENTATION
 from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
@@ -15,6 +16,7 @@ from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
 TASKS: dict[str, TaskSpec] = {
     "classification": dataclasses.replace(CLASSIFICATION, open=own.open_path),
     "segmentation": SEGMENTATION,
+    "detection": DETECTION,
 }
 
 

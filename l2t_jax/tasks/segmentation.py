@@ -223,7 +223,9 @@ def _score(names: tuple[str, ...], measured: PyTree) -> dict[str, float]:
     }
 
 
-def illustrate(task: Task, student: Student, variables: dict[str, PyTree] | None, block: PyTree) -> list[Panel]:
+def illustrate(
+    info: Pixels, task: Task, student: Student, variables: dict[str, PyTree] | None, block: PyTree
+) -> list[Panel]:
     """The maps that a student draws of images that were read, or without variables the true ones."""
     batch = task.gather(block, jnp.arange(len(block["image"])), None)
     maps, targets = np.asarray(batch.targets), block["mask"]

@@ -38,9 +38,9 @@ class TaskSpec:
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
     # rows of the preset's sheet where the task differs from every preset, e.g. N
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
-    # What a student sees in examples that were read: (task, student, variables, examples) -> a panel for each; without
-    # variables the truth. None: there is nothing to look at.
-    illustrate: Callable[[Task, Student, dict[str, PyTree] | None, PyTree], list[Panel]] | None = None
+    # What a student sees in examples that were read: (Dataset.info, task, student, variables, examples) -> a panel for
+    # each; without variables the truth. None: there is nothing to look at.
+    illustrate: Callable[[Any, Task, Student, dict[str, PyTree] | None, PyTree], list[Panel]] | None = None
 
 
 def settings_for(spec: TaskSpec, preset: Preset) -> Preset:
