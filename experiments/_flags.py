@@ -155,7 +155,10 @@ flags.DEFINE_integer(
     "epochs", None, f"Passes over the validation part. Default: {_by_preset('epochs')}.", lower_bound=1
 )
 flags.DEFINE_integer(
-    "rounds", None, "Rounds in all, instead of --epochs; each updates the teacher once.", lower_bound=1
+    "rounds",
+    None,
+    "Rounds in all, instead of --epochs; each updates the teacher once. 0 scores the students as they begin.",
+    lower_bound=0,
 )
 flags.DEFINE_integer(
     "batch_size", None, f"Examples of a student step. Default: {_by_preset('batch_size')}.", lower_bound=1
@@ -519,6 +522,8 @@ def set_defaults(**defaults: Any) -> None:
     """
     if FLAGS.teacher_from is not None:
         raise UsageError("--teacher_from is for single runs: give it to experiments.classification or noisy_labels.")
+    if FLAGS.rounds == 0:
+        raise UsageError("--rounds=0 scores students as they begin, in single runs: give at least 1 for a table.")
     if FLAGS.coordinator is not None:
         raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
     for name, value in defaults.items():

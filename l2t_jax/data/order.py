@@ -73,9 +73,9 @@ class Plan:
     def __post_init__(self) -> None:
         epoch_stages = self._epoch_stages
         sizes = {"examples": self.examples, "stages": self.stages, "unroll_length": self.unroll_length}
-        sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size, "rounds": self.rounds}
+        sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size}
         sizes |= {"validation_batch_size": self.validation_batch_size}
-        require_counts(**{name: (size, 1) for name, size in sizes.items()})
+        require_counts(rounds=(self.rounds, 0), **{name: (size, 1) for name, size in sizes.items()})
         n_train, n_validation = split_sizes(self.examples, self.validation_ratio)
         parts = f"{self.examples} examples at validation_ratio={self.validation_ratio} leave"
         if self.batch_size > n_train:

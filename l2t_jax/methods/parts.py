@@ -61,8 +61,8 @@ class Parts(NamedTuple):
 
     @property
     def steps(self) -> int:
-        """T, student steps of the run."""
-        return self.plan.rounds * self.steps_per_round
+        """T, student steps of the run; 1 where it has none, since schedules are of at least one."""
+        return max(1, self.plan.rounds * self.steps_per_round)
 
     @property
     def shared(self) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def dln_arguments(settings: Preset) -> dict[str, Any]:
 
 def build_teacher_optimizer(settings: Preset, rounds: int) -> optax.GradientTransformation:
     """The LSTM teacher's own optimizer, for student lives of so many rounds: a step a round, through all lives."""
-    return optax.adam(SCHEDULES[settings.teacher_schedule](settings.teacher_lr, rounds * settings.lives))
+    return optax.adam(SCHEDULES[settings.teacher_schedule](settings.teacher_lr, max(1, rounds * settings.lives)))
 
 
 def taught_loss(parts: Parts) -> Loss:

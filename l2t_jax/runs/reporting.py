@@ -241,11 +241,12 @@ def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
 def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> None:
     surfaces: list[tuple[str, Any]] = []
     paths = {int(path.stem.removeprefix("round_")): path for path in sorted(snapshots.glob("round_*.npz"))}
-    before = max(paths, default=0) // config["rounds"] - 1  # lives that ended before the one that is shown
+    rounds = max(1, config["rounds"])
+    before = max(paths, default=0) // rounds - 1  # lives that ended before the one that is shown
     for moment, path in paths.items():
-        done = moment - max(before, 0) * config["rounds"] if moment else 0
-        percentage = f"{100 * done / config['rounds']:.0f} % (round {done})"
-        share = {0: "start", config["rounds"]: "end"}.get(done, percentage)
+        done = moment - max(before, 0) * rounds if moment else 0
+        percentage = f"{100 * done / rounds:.0f} % (round {done})"
+        share = {0: "start", rounds: "end"}.get(done, percentage)
         arrays = load_arrays(path)
         if "0/kernel" not in arrays:  # what another task teaches in the DLN's place
             return

@@ -101,7 +101,7 @@ def build_setting(
     if student.draws:
         task = with_keys(task)
     plan = build_plan(config, dataset)
-    steps = plan.rounds * plan.stages * plan.unroll_length
+    steps = max(1, plan.rounds * plan.stages * plan.unroll_length)
     knobs = knobs_for(config.knobs, config.settings.student_optimizer)
     optimizer = own.optimizer or build_optimizer(config.settings, steps, **knobs)
     parts = Parts(
@@ -186,7 +186,7 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
     settings, examples = config.settings, dataset.examples
     try:
         plan = Plan(
-            rounds=config.rounds or 1,
+            rounds=1,
             unroll_length=settings.unroll_length,
             batch_size=settings.batch_size,
             validation_batch_size=settings.validation_batch_size,
@@ -197,7 +197,8 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
-    return dataclasses.replace(plan, rounds=config.rounds or settings.epochs * plan.rounds_per_epoch)
+    rounds = settings.epochs * plan.rounds_per_epoch if config.rounds is None else config.rounds
+    return dataclasses.replace(plan, rounds=rounds)
 
 
 def prepare(config: Config, options: Options) -> Dataset:
