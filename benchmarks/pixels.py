@@ -123,7 +123,8 @@ def measure_losses(side: int, classes: int, repeats: int, whole: bool) -> list[d
 
         def slope(outputs: Segmented, phi: Any) -> jax.Array:
             found = jax.grad(mean)(outputs, phi)
-            return jnp.vdot(found.logits, direction.logits) + jnp.vdot(found.auxiliary, direction.auxiliary)
+            products = jax.tree.map(jnp.vdot, found, direction)
+            return products.logits + products.auxiliary
 
         derivatives: dict[str, Callable[..., Any]] = {
             "gradient": jax.grad(mean),

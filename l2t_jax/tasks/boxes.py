@@ -208,7 +208,7 @@ def letterbox(image: np.ndarray, size: int, *, whole: bool = True) -> np.ndarray
     """
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or 0 in image.shape:
         raise ValueError(f"an image is {image.dtype} {list(image.shape)}, expected uint8 [H, W, 3].")
-    place = placed(*image.shape[:2], size)
+    place = placed(image.shape[0], image.shape[1], size)
     pixels = _resized(_resized(image.astype(np.float32), place.width, 1), place.height, 0)
     square = np.full((size, size, 3), GREY, np.float32)
     rows, columns = slice(place.top, place.top + place.height), slice(place.left, place.left + place.width)
@@ -305,9 +305,9 @@ def average_precision(detections: Sequence[Detections], truths: Sequence[Truths]
     # Numbers from 1 on: the evaluation takes the identity 0 of an object for no match.
     objects = [{**row, "id": number} for number, row in enumerate((row for rows in given for row in rows), start=1)]
     found = []
-    for i, of in enumerate(detections):
-        rows = _annotations(i, of, of.boxes, num_classes)
-        found += [{**row, "score": float(s)} for row, s in zip(rows, of.scores, strict=True) if s > 0]
+    for i, one in enumerate(detections):
+        rows = _annotations(i, one, one.boxes, num_classes)
+        found += [{**row, "score": float(s)} for row, s in zip(rows, one.scores, strict=True) if s > 0]
     if not objects:
         return dict.fromkeys(NAMES, float("nan"))
     whole = COCO(

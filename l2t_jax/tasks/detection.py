@@ -225,7 +225,8 @@ def _tested(examples: PyTree, i: int, size: int, where: str) -> dict[str, np.nda
     pad = lambda x, fill: np.concatenate([x, np.full((places - len(x), *x.shape[1:]), fill, x.dtype)])  # noqa: E731
     fields = {"boxes": 0, "classes": -1, "crowd": False, "area": 0}
     padded = {name: pad(examples[name][i], fill) for name, fill in fields.items()}
-    return {"image": letterbox(image, size), "shape": np.array(image.shape[:2], np.int32), **padded}
+    # Not rounded to bytes: that alone costs a third of a point of AP.
+    return {"image": letterbox(image, size, whole=False), "shape": np.array(image.shape[:2], np.int32), **padded}
 
 
 def _stack(examples: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
@@ -289,7 +290,7 @@ def illustrate(info: Boxes, task: Task, student: Student, variables: PyTree, blo
         place = placed(int(shape[0]), int(shape[1]), size)
         window = image[place.top : place.top + place.height, place.left : place.left + place.width]
         scale = np.array([place.width / shape[1], place.height / shape[0]] * 2)
-        panels.append(Panel(window, boxes=boxes * scale, labels=tuple(labels)))
+        panels.append(Panel(np.rint(window).astype(np.uint8), boxes=boxes * scale, labels=tuple(labels)))
     return panels
 
 
