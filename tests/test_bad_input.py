@@ -78,6 +78,14 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "dropout": ("1", "-0.1", "x", "nan", "0.5 --student=lenet"),
     "shortcut": (*(f"{name} --student=resnet8" for name in NO_NAME), "b", "b --student=lenet", "b --student=linear"),
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),
+    "weights": (
+        *(f"none.pth --student={name}" for name in ("mlp", "pspnet_small", "pspnet50")),
+        "x --student=pspnet50",
+    ),
+    "backbone": ("x --student=pspnet_small", "efficientnet_lite0", "efficientnet_lite0 --student=pspnet50"),
+    "stem": ("x --student=pspnet50", "deep", "deep --student=pspnet_small"),
+    "norm": ("x --student=pspnet_small", "batch"),
+    "train": ("x --student=pspnet_small", "head --student=pspnet50", "head --student=pspnet_small", "all"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (

@@ -365,6 +365,37 @@ def test_a_resnet_with_weights_is_that_of_torch(deep, monkeypatch):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
+def test_pyramid_and_heads_are_those_of_torch():
+    """On maps that the bins do not divide; what is seen of training is the second head, with nothing dropped."""
+    torch = pytest.importorskip("torch")
+    functional = torch.nn.functional
+    student = from_linen(PSPNet(None, CLASSES, 4, 3, 0.0, True, None))
+    maps = draw(2, 5, 7, 6), draw(2, 5, 7, 8, seed=1)
+    variables = drawn(student, maps)
+
+    def layer(x, name):
+        params, stats = (variables[kind].get(f"{name}_norm") for kind in ("params", "batch_stats"))
+        kernel = torch.from_numpy(variables["params"][f"{name}_conv"]["kernel"]).permute(3, 2, 0, 1)
+        x = functional.conv2d(x, kernel, padding=kernel.shape[-1] // 2)
+        of = [torch.from_numpy(a) for a in (stats["mean"], stats["var"], params["scale"], params["bias"])]
+        return functional.batch_norm(x, *of, training=False, eps=1e-5).relu()
+
+    def classes(x, name):
+        last = {key: torch.from_numpy(a) for key, a in variables["params"][name].items()}
+        x = functional.conv2d(x, last["kernel"].T[..., None, None], last["bias"])
+        return functional.interpolate(x, (33, 49), mode="bilinear", align_corners=True).permute(0, 2, 3, 1)
+
+    low, high = (torch.from_numpy(m).permute(0, 3, 1, 2) for m in maps)
+    branches = [layer(functional.adaptive_avg_pool2d(high, n), f"pyramid{n}") for n in (1, 2, 3, 6)]
+    wide = [functional.interpolate(b, (5, 7), mode="bilinear", align_corners=True) for b in branches]
+    fused = layer(torch.cat([high, *wide], dim=1), "fuse")
+    ours, _ = jax.jit(partial(student.apply, train=True))(variables, maps)
+    np.testing.assert_allclose(ours.logits, classes(fused, "output"), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        ours.auxiliary, classes(layer(low, "auxiliary"), "auxiliary_output"), rtol=1e-4, atol=1e-4
+    )
+
+
 def test_weights_that_do_not_fit_are_told_in_one_line(monkeypatch):
     state = torchvision_state()
     wrong = {name: array for name, array in state.items() if not name.startswith("layer3.0.conv")}

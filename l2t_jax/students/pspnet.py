@@ -286,9 +286,11 @@ def pspnet(
       stem: deep is three 3x3 convolutions, 7x7 is one; empty: that of the weights, deep without any.
       norm: batch normalises by the statistics of the batch, but in the pyramid's branches of 1 and 4 cells by the
         running ones, which the batch moves; frozen leaves all statistics as they came and trains scales and biases
-        only. A branch of one cell has B values a channel. Two would be normalised to +1 and -1 whatever they are. The
-        other layers have hundreds even with two images, so batch is good from random weights and from trained ones.
-        frozen needs trained ones: from random it does not normalise at all.
+        only. A branch of one cell has B values a channel: two would be normalised to +1 and -1 whatever they are. All
+        other layers have 18 or more even of two images, so batch does from random weights and from trained ones.
+        frozen needs trained ones: from random it does not normalise at all, and diverges at usual rates, as running
+        statistics in all layers do. Where images differ much in color, the statistics of two of them differ from the
+        running ones, which score.
       train: all trains everything; head leaves the backbone as the weights are, which is then computed once a batch.
       dropout: probability of a channel to be dropped before the classes, in training.
       axis_name: mapped axis over which all statistics of a batch are averaged as well.
