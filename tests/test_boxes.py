@@ -243,13 +243,13 @@ def test_crowds_and_areas_count_as_in_coco() -> None:
     assert small["AP_small"] == pytest.approx(1) and np.isnan(small["AP_medium"])
 
 
-def made_up(images: int = 12, classes: int = 4) -> tuple[list[Detections], list[Truths]]:
+def made_up(images: int = 30, classes: int = 4) -> tuple[list[Detections], list[Truths]]:
     rng = np.random.default_rng(0)
     detections, truths = [], []
     for _ in range(images):
         m = int(rng.integers(0, 6))
         low = rng.random((m, 2)) * 200
-        boxes = np.concatenate([low, low + 5 + rng.random((m, 2)) * 120], -1)
+        boxes = np.concatenate([low, low + 5 + rng.random((m, 2)) * 240], -1)
         kinds = rng.integers(0, classes, m)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) * 0.7
         truths.append(Truths(boxes, kinds, rng.random(m) < 0.2, area))
@@ -284,6 +284,7 @@ def test_precision_is_that_of_cocos_own_evaluation(capsys: pytest.CaptureFixture
     evaluation.accumulate()
     evaluation.summarize()
     assert 0.1 < ours["AP"] < 0.9
+    assert min(evaluation.stats) > 0
     np.testing.assert_allclose([ours[name] for name in NAMES], evaluation.stats, atol=1e-6)
 
 

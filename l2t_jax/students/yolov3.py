@@ -312,7 +312,9 @@ def _detector(
     known(f"train {train!r}", train, TRAINED)
     known(f"norm {norm!r}", norm, NORMS)
     if train == "head" and not weights:
-        raise ValueError("train='head' without weights would keep a random backbone: give weights=PATH, or train='all'.")
+        raise ValueError(
+            "train='head' without weights would keep a random backbone: give weights=PATH, or train='all'."
+        )
     build = partial(Detector, net, num_classes=num_classes, width=width, axis_name=axis_name)
     there = _load(net, Path(weights).expanduser(), num_classes, width, fresh_head) if weights else {}
     stay = {"auto": len(there.get("params", {})), "frozen": 1000, "batch": 0}[norm]
@@ -323,7 +325,9 @@ def _detector(
         there = {kind: {name: x for name, x in tree.items() if name not in features} for kind, tree in there.items()}
         backbone = Backbone(fixed, partial(_features, build(part="backbone", frozen=1000)))
     student = from_linen(build(part=train, frozen=stay))
-    return student._replace(init=partial(_init, student, there) if there else student.init, head=None, backbone=backbone)
+    return student._replace(
+        init=partial(_init, student, there) if there else student.init, head=None, backbone=backbone
+    )
 
 
 def _features(module: nn.Module, variables: PyTree, inputs: PyTree) -> PyTree:

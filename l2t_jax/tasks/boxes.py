@@ -31,9 +31,7 @@ ANCHORS = {
         ((6, 7, 8), (3, 4, 5), (0, 1, 2)),
     ),
     # The published weights were trained with 1, 2, 3 in the second map; with 0, 1, 2 they lose half of their precision.
-    "yolov3_tiny": Anchors(
-        ((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)), ((3, 4, 5), (1, 2, 3))
-    ),
+    "yolov3_tiny": Anchors(((10, 14), (23, 27), (37, 58), (81, 82), (135, 169), (344, 319)), ((3, 4, 5), (1, 2, 3))),
 }
 
 
@@ -90,7 +88,9 @@ def decode(outputs: Sequence[Array], anchors: Anchors, size: int | tuple[int, in
     """
     height, width = (size, size) if isinstance(size, int) else size
     if len(outputs) != len(anchors.masks):
-        raise ValueError(f"there are {len(outputs)} maps and anchors of {len(anchors.masks)}: give those of the network.")
+        raise ValueError(
+            f"there are {len(outputs)} maps and anchors of {len(anchors.masks)}: give those of the network."
+        )
     parts = []
     for out, mask in zip(outputs, anchors.masks, strict=True):
         if out.ndim != 5 or out.shape[3] != len(mask) or out.shape[4] < 6:
@@ -270,9 +270,7 @@ NAMES = (
 )
 
 
-def average_precision(
-    detections: Sequence[Detections], truths: Sequence[Truths], num_classes: int
-) -> dict[str, float]:
+def average_precision(detections: Sequence[Detections], truths: Sequence[Truths], num_classes: int) -> dict[str, float]:
     """COCO's average precision and recall of boxes.
 
     AP is the mean over classes that occur and over the overlaps 0.50, 0.55, ..., 0.95 of the precision, averaged over
