@@ -28,7 +28,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     inputs are ids, they take the dtype of Python's floats: float32, or float64 where that is enabled.
 
     Args:
-      module: maps inputs [B, ...], floats or int32 ids, or a tuple of them, and a Python bool `train` to outputs [B, C].
+      module: maps inputs [B, ...], floats or int32 ids, or a tuple of them, and a bool `train` to outputs [B, C].
       draws: the module draws at random in training: its call takes keys [B] or None as a third argument, for `dropout`.
 
     Returns:
