@@ -78,6 +78,10 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "dropout": ("1", "-0.1", "x", "nan", "0.5 --student=lenet"),
     "shortcut": (*(f"{name} --student=resnet8" for name in NO_NAME), "b", "b --student=lenet", "b --student=linear"),
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),
+    "weights": ("x", "/nowhere --student=yolov3_tiny", f"{__file__} --student=yolov3"),
+    "train": ("head", *(f"{name} --student=yolov3" for name in (*NO_NAME, "head"))),
+    "norm": ("batch", *(f"{name} --student=yolov3_tiny" for name in NO_NAME)),
+    "fresh_head": (*NO_SWITCH, "true"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (
