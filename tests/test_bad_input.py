@@ -80,12 +80,16 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),
     "weights": (
         *(f"none.pth --student={name}" for name in ("mlp", "pspnet_small", "pspnet50")),
-        "x --student=pspnet50",
+        *("x", "x --student=pspnet50", "/nowhere --student=yolov3_tiny", f"{__file__} --student=yolov3"),
     ),
     "backbone": ("x --student=pspnet_small", "efficientnet_lite0", "efficientnet_lite0 --student=pspnet50"),
     "stem": ("x --student=pspnet50", "deep", "deep --student=pspnet_small"),
-    "norm": ("x --student=pspnet_small", "batch"),
-    "train": ("x --student=pspnet_small", "head --student=pspnet50", "head --student=pspnet_small", "all"),
+    "norm": ("x --student=pspnet_small", "batch", *(f"{name} --student=yolov3_tiny" for name in NO_NAME)),
+    "train": (
+        *("x --student=pspnet_small", "head --student=pspnet50", "head --student=pspnet_small", "head", "all"),
+        *(f"{name} --student=yolov3" for name in (*NO_NAME, "head")),
+    ),
+    "fresh_head": (*NO_SWITCH, "true"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (

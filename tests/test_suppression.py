@@ -184,7 +184,7 @@ def test_boxes_move_with_their_image(height: int, width: int) -> None:
     x, y, w, h = letterbox_boxes(whole, height, width, 416) * 416
     np.testing.assert_allclose([x - w / 2, y - h / 2, w, h], [place.left, place.top, place.width, place.height])
     low = np.random.default_rng(0).random((5, 2)) * [width, height] / 2
-    boxes = np.concatenate([low, low + [width / 3, height / 3]], -1)
+    boxes = np.concatenate([low, low + np.array([width, height]) / 3], -1)
     back = unletterbox(letterbox_boxes(boxes, height, width, 416), height, width, 416)
     np.testing.assert_allclose(back, boxes, atol=1e-9)
     outside = unletterbox(np.array([[0.5, 0.5, 3, 3]]), height, width, 416)
@@ -243,13 +243,13 @@ def test_crowds_and_areas_count_as_in_coco() -> None:
     assert small["AP_small"] == pytest.approx(1) and np.isnan(small["AP_medium"])
 
 
-def made_up(images: int = 12, classes: int = 4) -> tuple[list[Detections], list[Truths]]:
+def made_up(images: int = 30, classes: int = 4) -> tuple[list[Detections], list[Truths]]:
     rng = np.random.default_rng(0)
     detections, truths = [], []
     for _ in range(images):
         m = int(rng.integers(0, 6))
         low = rng.random((m, 2)) * 200
-        boxes = np.concatenate([low, low + 5 + rng.random((m, 2)) * 120], -1)
+        boxes = np.concatenate([low, low + 5 + rng.random((m, 2)) * 240], -1)
         kinds = rng.integers(0, classes, m)
         area = (boxes[:, 2] - boxes[:, 0]) * (boxes[:, 3] - boxes[:, 1]) * 0.7
         truths.append(Truths(boxes, kinds, rng.random(m) < 0.2, area))
@@ -284,6 +284,7 @@ def test_precision_is_that_of_cocos_own_evaluation(capsys: pytest.CaptureFixture
     evaluation.accumulate()
     evaluation.summarize()
     assert 0.1 < ours["AP"] < 0.9
+    assert min(evaluation.stats) > 0
     np.testing.assert_allclose([ours[name] for name in NAMES], evaluation.stats, atol=1e-6)
 
 
@@ -303,7 +304,7 @@ def test_precision_of_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
     needs_evaluation()
     with pytest.raises(ValueError, match="0 images and truths of 1"):
         average_precision([], truths, 1)
-    with pytest.raises(ValueError, match="outside 0..0"):
+    with pytest.raises(ValueError, match=r"outside 0\.\.0"):
         average_precision([Detections(*some([[0, 0, 5, 5]], [0.5], [1]))], truths, 1)
     with pytest.raises(ValueError, match="image 0 has 1 boxes, 2 scores, 1 classes"):
         average_precision([Detections(*some([[0, 0, 5, 5]], [0.5, 0.5], [0]))], truths, 1)

@@ -260,10 +260,10 @@ def yolov3(
       ValueError: a size is below 1, a name is unknown, the weights are missing or do not fit, only the head is trained
         and there are no weights, or, when first applied, the inputs do not fit.
 
-    Source: Redmon & Farhadi 2018; darknet for all the paper leaves open. Fresh kernels are He-normal, those that predict
-    normal with deviation 0.01, and the objectness of a fresh head starts at 0.01 (Lin et al. 2017, section 4.1), where
-    darknet's starts at a half: of the 10 647 boxes at 416 pixels a handful is there, and all others would make the
-    first steps. Boxes so start as their anchors.
+    Source: Redmon & Farhadi 2018; darknet for all the paper leaves open. Fresh kernels are He-normal, those that
+    predict normal with deviation 0.01, and the objectness of a fresh head starts at 0.01 (Lin et al. 2017, section
+    4.1), where darknet's starts at a half: of the 10 647 boxes at 416 pixels a handful is there, and all others would
+    make the first steps. Boxes so start as their anchors.
     """
     return _detector(YOLOV3, num_classes, width, weights, train, norm, fresh_head, axis_name)
 
@@ -324,10 +324,9 @@ def _detector(
         fixed = {kind: {name: x for name, x in tree.items() if name in features} for kind, tree in there.items()}
         there = {kind: {name: x for name, x in tree.items() if name not in features} for kind, tree in there.items()}
         backbone = Backbone(fixed, partial(_features, build(part="backbone", frozen=1000)))
-    student = from_linen(build(part=train, frozen=stay))
-    return student._replace(
-        init=partial(_init, student, there) if there else student.init, head=None, backbone=backbone
-    )
+    student = from_linen(build(part="head" if train == "head" else "all", frozen=stay))
+    init = partial(_init, student, there) if there else student.init
+    return student._replace(init=init, head=None, backbone=backbone)
 
 
 def _features(module: nn.Module, variables: PyTree, inputs: PyTree) -> PyTree:

@@ -7,7 +7,7 @@ Legend: B batch, H and W height and width in pixels, C classes, n cells of all m
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -140,8 +140,8 @@ def suppress(
       boxes [B, k, 4], scores [B, k] and classes [B, k], by falling score, which is 0 where there are fewer.
 
     Source: greedy suppression as in darknet, which has no limit of candidates. The numbers are those it evaluates COCO
-    with. Greedy means that a box stays if no better one that stays overlaps it: from all staying, this is repeated until
-    nothing changes, which is after as many steps as the longest chain of boxes that drop each other, and not after K.
+    with. Greedy means that a box stays if no better one that stays overlaps it. From all staying, this is repeated
+    until nothing changes: after as many steps as the longest chain of boxes that drop each other, and not after K.
     """
     pairs = found.classes.shape[1] * found.classes.shape[2]
     candidates = min(candidates, pairs)
@@ -297,17 +297,17 @@ def average_precision(detections: Sequence[Detections], truths: Sequence[Truths]
         ) from error
     if len(detections) != len(truths) or not truths:
         raise ValueError(f"detections are of {len(detections)} images and truths of {len(truths)}: expected the same.")
-    given = [_annotations(i, of, of.boxes, num_classes) for i, of in enumerate(truths)]
-    for of, rows in zip(truths, given, strict=True):
-        for j, row in enumerate(rows):
-            row["iscrowd"] = int(of.crowd[j]) if len(of.crowd) else 0
-            row["area"] = float(of.area[j]) if len(of.area) else row["bbox"][2] * row["bbox"][3]
-    # Numbers from 1 on: the evaluation takes the identity 0 of an object for no match.
-    objects = [{**row, "id": number} for number, row in enumerate((row for rows in given for row in rows), start=1)]
-    found = []
-    for i, one in enumerate(detections):
-        rows = _annotations(i, one, one.boxes, num_classes)
-        found += [{**row, "score": float(s)} for row, s in zip(rows, one.scores, strict=True) if s > 0]
+    objects: list[dict[str, Any]] = []
+    found: list[dict[str, Any]] = []
+    for i, (true, guess) in enumerate(zip(truths, detections, strict=True)):
+        for j, row in enumerate(_annotations(i, true, num_classes)):
+            area = float(true.area[j]) if len(true.area) else row["bbox"][2] * row["bbox"][3]
+            crowd = int(true.crowd[j]) if len(true.crowd) else 0
+            # Numbers from 1 on: the evaluation takes an object with the number 0 for none.
+            objects.append({**row, "id": len(objects) + 1, "iscrowd": crowd, "area": area})
+        for row, score in zip(_annotations(i, guess, num_classes), guess.scores, strict=True):
+            if score > 0:
+                found.append({**row, "score": float(score)})
     if not objects:
         return dict.fromkeys(NAMES, float("nan"))
     whole = COCO(
@@ -329,11 +329,12 @@ def _quiet(*args: object) -> None:
     """The evaluation tells of its progress."""
 
 
-def _annotations(image: int, of: Detections | Truths, boxes: np.ndarray, num_classes: int) -> list[dict]:
-    boxes, classes = np.asarray(boxes, np.float64).reshape(-1, 4), np.asarray(of.classes).astype(int)
-    if any(len(field) not in (0, len(boxes)) for field in of[1:]) or len(classes) != len(boxes):
-        lengths = ", ".join(f"{len(field)} {name}" for name, field in zip(of._fields, of, strict=True))
-        raise ValueError(f"image {image} has {lengths}: expected one of each.")
+def _annotations(image: int, of: Detections | Truths, num_classes: int) -> list[dict[str, Any]]:
+    boxes, classes = np.asarray(of.boxes, np.float64).reshape(-1, 4), np.asarray(of.classes).astype(int)
+    lengths = {name: len(field) for name, field in zip(of._fields, of, strict=True)}
+    if any(n != len(boxes) and not (name in ("crowd", "area") and n == 0) for name, n in lengths.items()):
+        told = ", ".join(f"{n} {name}" for name, n in lengths.items())
+        raise ValueError(f"image {image} has {told}: expected one of each for every box.")
     if ((classes < 0) | (classes >= num_classes)).any():
         raise ValueError(f"image {image} has class {classes.min()} or {classes.max()}, outside 0..{num_classes - 1}.")
     sized = np.concatenate([boxes[:, :2], boxes[:, 2:] - boxes[:, :2]], 1).tolist()
