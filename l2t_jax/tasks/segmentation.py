@@ -36,6 +36,8 @@ class Pixels:
 
     names: tuple[str, ...]  # of the classes; 0 is the ground
     crop: int  # side of the squares that a student is trained on, in pixels; (crop - 1) % 8 == 0
+    # part -> what was found in it -> how many
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
@@ -280,7 +282,7 @@ def check(dataset: Dataset) -> None:
 
 
 def _dataset(name: str, found: Annotated, crop: int) -> Dataset:
-    return Dataset(name, found.train, found.test, Pixels(found.names, crop))
+    return Dataset(name, found.train, found.test, Pixels(found.names, crop, found.counts))
 
 
 def _tfds(name: str, crop: int) -> Callable[[Path, bool], Dataset]:
