@@ -301,13 +301,13 @@ def open_path(path: Path) -> Dataset:
 SEGMENTATION = TaskSpec(
     build=segmentation,
     datasets={
-        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 97),
+        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 65),
         "voc/2012": _tfds("voc/2012", 473),
         "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193),
     },
     open=open_path,
     check=check,
     defaults={"dataset": "shapes", "student": "pspnet_small"},
-    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8},
+    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8, "epochs": 4},
     illustrate=illustrate,
 )
