@@ -273,7 +273,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         clean=FLAGS.clean,
         class_weight=FLAGS.class_weight,
         student=known("student", given("student"), STUDENTS),
-        student_knobs=_given_knobs(STUDENT_KNOBS),
+        student_knobs=_student_knobs(of_task),
         task_knobs=_task_knobs(),
         methods=methods,
         preset=FLAGS.preset,
@@ -383,6 +383,12 @@ def _dataset(name: str, of_task: TaskSpec) -> str:
 def given_labels() -> str | None:
     """The file of --labels; where that says only of which kind labels are, there is none."""
     return None if FLAGS.labels in KINDS_OF_LABELS else FLAGS.labels
+
+
+def _student_knobs(of_task: TaskSpec) -> dict[str, Any]:
+    """The student's knobs that flags give; the task's default student on its default data has some of its own."""
+    default = FLAGS.student is None and FLAGS.dataset is None
+    return (of_task.student_knobs if default else {}) | _given_knobs(STUDENT_KNOBS)
 
 
 def _given_knobs(known_ones: Iterable[str]) -> dict[str, Any]:

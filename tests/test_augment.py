@@ -8,8 +8,6 @@ from PIL import Image
 from l2t_jax.data.augment import (
     crop_masked,
     filled,
-    letterbox,
-    letterbox_boxes,
     move_boxes,
     pad_to_canvas,
     place_boxed,
@@ -220,54 +218,9 @@ def test_colours():
     np.testing.assert_array_equal(recolour(grey, 0.3, 1.5, 1.0), grey)
 
 
-# The letterbox
-
-
-def plainly(image, height, width):
-    """Each pixel by the formula."""
-    out = np.zeros((height, width, 3))
-    rows, columns = image.shape[:2]
-    for y in range(height):
-        for x in range(width):
-            sy = y * (rows - 1) / (height - 1) if y < height - 1 else rows - 1
-            sx = x * (columns - 1) / (width - 1) if x < width - 1 else columns - 1
-            y0, x0 = int(sy), int(sx)
-            y1, x1 = min(y0 + 1, rows - 1), min(x0 + 1, columns - 1)
-            dy, dx = sy - y0, sx - x0
-            top = (1 - dx) * image[y0, x0] + dx * image[y0, x1]
-            out[y, x] = (1 - dy) * top + dy * ((1 - dx) * image[y1, x0] + dx * image[y1, x1])
-    return out
-
-
-@pytest.mark.parametrize(
-    ("height", "width", "inner"),
-    [(40, 56, (22, 32, 5, 0)), (56, 40, (32, 22, 0, 5)), (17, 17, (32, 32, 0, 0)), (5, 100, (1, 32, 15, 0))],
-)
-def test_letterbox(height, width, inner):
-    image = RANDOM.integers(0, 256, (height, width, 3)).astype(np.uint8)
-    new_h, new_w, top, left = inner
-    out = letterbox(image, 32)
-    assert out.shape == (32, 32, 3) and out.dtype == np.uint8
-    got = out[top : top + new_h, left : left + new_w]
-    if new_h > 1:
-        np.testing.assert_allclose(got, plainly(image, new_h, new_w), atol=0.51)
-    around = np.ones((32, 32), bool)
-    around[top : top + new_h, left : left + new_w] = False
-    assert (out[around] == 128).all()
-    boxes = letterbox_boxes(np.float32([[0.5, 0.5, 1, 1]]), height, width, 32)
-    np.testing.assert_allclose(corners(boxes[0], 32), [left, top, left + new_w, top + new_h], atol=1e-4)
-
-
-def test_a_letterbox_of_its_own_size_is_the_image():
-    square = IMAGE[:40, :40]
-    np.testing.assert_array_equal(letterbox(square, 40), square)
-    assert letterbox(IMAGE[:1, :1], 8).shape == (8, 8, 3)
-
-
 def test_read_only_images_do():
     """What Pillow gives cannot be written to."""
     pixels = np.asarray(Image.fromarray(IMAGE))
     pixels.flags.writeable = False
     crop_masked(pixels, MASK, 16, RANDOM)
     place_boxed(pixels, np.zeros((0, 4)), np.zeros(0, int), 16, RANDOM)
-    letterbox(pixels, 16)

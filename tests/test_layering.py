@@ -16,6 +16,9 @@ DOORS = {
     "matplotlib": ("plots.py",),
     "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),
+    "faster_coco_eval": ("boxes.py",),
+    "safetensors": ("state_dicts.py",),
+    "torch": ("state_dicts.py",),
 }
 FILES = sorted((ROOT / "l2t_jax").rglob("*.py"))
 MODULES = sorted((ROOT / "experiments").glob("*.py"))

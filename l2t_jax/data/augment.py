@@ -131,34 +131,6 @@ def place_boxed(
     return pixels, *filled(moved[kept], classes[order][kept], most)
 
 
-def letterbox_boxes(boxes: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
-    """Boxes [k, 4] of an image [H, W] as parts of its `letterbox` [s, s], float32."""
-    new_h, new_w, top, left = _letter(height, width, size)
-    moved, _ = move_boxes(boxes, (left / size, top / size, new_w / size, new_h / size), False)
-    return moved
-
-
-def letterbox(image: np.ndarray, size: int) -> np.ndarray:
-    """An image in the middle of a square, its aspect as it is, grey around it.
-
-    Its sides are s W / max(H, W) and s H / max(H, W), rounded down. It is resized by the nearest four pixels, so that
-    the corner pixels' centres stay corners: pixel i is at i (in - 1) / (out - 1).
-
-    Args:
-      image: [H, W, 3] uint8.
-      size: s.
-    Returns:
-      [s, s, 3] uint8.
-    Source: darknet's letterbox_image.
-    """
-    height, width = image.shape[:2]
-    new_h, new_w, top, left = _letter(height, width, size)
-    out = np.empty((size, size, 3), np.uint8)
-    out[:] = GREY
-    out[top : top + new_h, left : left + new_w] = _resized(image, new_h, new_w)
-    return out
-
-
 def recolour(image: np.ndarray, turn: float, saturation: float, exposure: float) -> np.ndarray:
     """Turn the hue of an image, and multiply its saturation and its brightness.
 
@@ -244,29 +216,3 @@ def _map(
     data = (a, 0, c, 0, down, -top * down)
     made = Image.fromarray(image).transform((size, size), Image.Transform.AFFINE, data, how, fillcolor=around)
     return np.asarray(made)
-
-
-def _letter(height: int, width: int, size: int) -> tuple[int, int, int, int]:
-    """Height, width, top and left of an image in its letterbox."""
-    wide = width > height
-    new_h, new_w = (height * size // width, size) if wide else (size, width * size // height)
-    new_h, new_w = max(1, new_h), max(1, new_w)
-    return new_h, new_w, (size - new_h) // 2, (size - new_w) // 2
-
-
-def _resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
-    """[height, width, 3] uint8 between the corner pixels' centres."""
-    first, second, part = _between(image.shape[0], height)
-    rows = image[first].astype(np.float32)
-    rows += part[:, None, None] * (image[second] - rows)
-    first, second, part = _between(image.shape[1], width)
-    out = rows[:, first]
-    out += part[None, :, None] * (rows[:, second] - out)
-    return np.rint(out, out=out).astype(np.uint8)
-
-
-def _between(given: int, wanted: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """For each pixel of a side: the two of the original it lies between, and how far it is from the first."""
-    place = np.linspace(0, given - 1, wanted) if wanted > 1 else np.array([given - 1.0])
-    first = np.minimum(place.astype(int), max(0, given - 2))
-    return first, np.minimum(first + 1, given - 1), (place - first).astype(np.float32)

@@ -119,6 +119,7 @@ def train_entries(
         "dataset_sha256": setting.dataset.sha256,
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
+        **_counts(setting),
         "taught_by": {
             f"{name}, seed {seed}": trained_teachers.digest(options.teacher_from or "", name, seed)
             for name, seed in taught
@@ -131,12 +132,22 @@ def train_entries(
     progress = RunProgress(rounds, at_once=at_once, quiet=quiet or directory is None)
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
+        for part, counts in _counts(setting).get("counts", {}).items():
+            progress.line(f"{part}: {', '.join(f'{count} {why}' for why, count in counts.items())}".replace("_", " "))
         for entry in entries:
             watched = instruments(setting, entry) if directory is not None else None
             outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
     if directory is None:
         return outcomes, {}
     return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet)
+
+
+def _counts(setting: Setting) -> dict[str, dict[str, dict[str, int]]]:
+    """What the reader of a data set left out or changed, where it says so: {"counts": part -> why -> how often}."""
+    counts = getattr(setting.dataset.info, "counts", {})
+    told = {part: {why: n for why, n in of.items() if n} for part, of in counts.items()}
+    told = {part: of for part, of in told.items() if of}
+    return {"counts": told} if told else {}
 
 
 @contextlib.contextmanager

@@ -340,6 +340,7 @@ DETECTION = TaskSpec(
     loss="linear_dln",
     baseline="sum_of_terms",
     defaults={"dataset": "shapes", "student": "yolov3_tiny"},
-    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8},
+    student_knobs={"width": 8},
+    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8, "epochs": 8},
     illustrate=illustrate,
 )

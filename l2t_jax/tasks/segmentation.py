@@ -36,6 +36,8 @@ class Pixels:
 
     names: tuple[str, ...]  # of the classes; 0 is the ground
     crop: int  # side of the squares that a student is trained on, in pixels; (crop - 1) % 8 == 0
+    # part -> what was found in it -> how many
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
 
@@ -282,7 +284,7 @@ def check(dataset: Dataset) -> None:
 
 
 def _dataset(name: str, found: Annotated, crop: int) -> Dataset:
-    return Dataset(name, found.train, found.test, Pixels(found.names, crop))
+    return Dataset(name, found.train, found.test, Pixels(found.names, crop, found.counts))
 
 
 def _tfds(name: str, crop: int) -> Callable[[Path, bool], Dataset]:
@@ -301,13 +303,13 @@ def open_path(path: Path) -> Dataset:
 SEGMENTATION = TaskSpec(
     build=segmentation,
     datasets={
-        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 97),
+        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 65),
         "voc/2012": _tfds("voc/2012", 473),
         "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193),
     },
     open=open_path,
     check=check,
     defaults={"dataset": "shapes", "student": "pspnet_small"},
-    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8},
+    settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8, "epochs": 4},
     illustrate=illustrate,
 )

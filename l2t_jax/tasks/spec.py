@@ -36,6 +36,7 @@ class TaskSpec:
     baseline: str = "cross_entropy"  # of `LOSSES`: the fixed loss that tables compare with
     # of flags: the data set and the student of a run that names none
     defaults: dict[str, Any] = dataclasses.field(default_factory=dict)
+    student_knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of that student on that data set
     # rows of the preset's sheet where the task differs from every preset, e.g. N
     settings: dict[str, Any] = dataclasses.field(default_factory=dict)
     # What a student sees in examples that were read: (Dataset.info, task, student, variables, examples) -> a panel for
