@@ -27,7 +27,7 @@ from l2t_jax.data.masks import IGNORED
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES, build_loss
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.methods import METHODS, method_names
+from l2t_jax.methods import method_names
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import finals
 from l2t_jax.runs.config import Config, Options, UsageError
@@ -156,9 +156,9 @@ def test_the_loss_is_a_mean_over_labelled_pixels_of_both_heads(x64):
 def derivatives(logits, batch, loss, phi):
     """The value, its derivatives with respect to logits and phi, and the mixed second one."""
     inner = lambda p, phi: inner_objective(GIVEN, TASK, loss)(p, {}, phi, batch)[0]  # noqa: E731
-    slope = lambda p, phi: sum(
-        jnp.vdot(x, jnp.cos(3 * jnp.arange(x.size)).reshape(x.shape)) for x in jax.tree.leaves(jax.grad(inner)(p, phi))
-    )
+    ways = jax.tree.map(lambda x: jnp.cos(3 * jnp.arange(x.size)).reshape(x.shape), logits)
+    along = lambda found: sum(jax.tree.leaves(jax.tree.map(jnp.vdot, found, ways)))  # noqa: E731
+    slope = lambda p, phi: along(jax.grad(inner)(p, phi))  # noqa: E731
     outer = lambda p: outer_objective(GIVEN, TASK)(p, {}, batch)[0]  # noqa: E731
     compute = lambda p, phi: (  # noqa: E731
         inner(p, phi),
@@ -185,12 +185,7 @@ def test_what_is_not_labelled_neither_counts_nor_leaks(piece, x64, monkeypatch):
     first = expected[1][0]["auxiliary"]
     assert not np.any(first[np.asarray(batch.targets) == IGNORED]) and np.any(first[0])
     without = np.array([0, 2])
-    value = derivatives(
-        jax.tree.map(lambda x: x[without], logits),
-        batch._replace(inputs=jnp.zeros((2, 1)), targets=batch.targets[without]),
-        loss,
-        phi,
-    )[0]
+    value = derivatives(*jax.tree.map(lambda x: x[without], (logits, batch)), loss, phi)[0]
     np.testing.assert_allclose(expected[0], value, rtol=1e-12)
     nothing = derivatives(logits, batch._replace(targets=jnp.full_like(batch.targets, IGNORED)), loss, phi)
     assert not any(np.any(leaf) for leaf in jax.tree.leaves(nothing))  # 0, not NaN
@@ -308,7 +303,7 @@ def mebibytes(images, side=129, classes=21):
 
 
 def test_memory_grows_with_the_outputs_and_not_with_the_hidden_layers(monkeypatch):
-    """The four hidden layers of a whole image are 160 times its outputs; a piece has its own, however many there are."""
+    """Four hidden layers of a whole image are 160 times its outputs; a piece has its own, however many there are."""
     (one, outputs), (two, _) = mebibytes(1), mebibytes(2)
     piece = 40 * unroll.PIECE * 4 / 2**20  # MiB of a hidden layer
     assert two - one < 4 * outputs and one < 12 * piece
@@ -511,8 +506,12 @@ def on_maps(*, num_classes, width=6, train="all"):
 
 
 def few(data_dir, download):
-    """As shapes is, of fewer images."""
-    return task_module._dataset("shapes", drawn_masks(32, 5), 97)
+    """As shapes is, of fewer and smaller images: nine windows each."""
+    drawn = drawn_masks(32, 5)
+    for part in (drawn.train, drawn.test):
+        for kind, each in part.items():
+            part[kind] = objects(x[20 : 75 + i % 5, 20 : 80 - i % 7] for i, x in enumerate(each))
+    return task_module._dataset("shapes", drawn, 33)
 
 
 NEW = (
@@ -521,7 +520,7 @@ NEW = (
     (TASKS["segmentation"].datasets, "shapes", few),
 )
 FEW = ("--student=pixelwise", "--crop=33", "--rounds=5", "--memory=save", "--teacher=sgd", "--checkpoint_seconds=0")
-RUN = (*FEW, "--seeds=1", "--method=l2t_dln,l2rw,meta_weight_net,focal")
+RUN = (*FEW, "--seeds=1", "--method=l2t_dln,l2rw,focal")
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -551,7 +550,7 @@ def finals_of(workdir, name, seed=0):
 def test_a_run_leaves_its_scores_and_a_picture(run):
     found = summary(run)
     assert found["metric"] == {"name": "mIoU", "unit": "%", "better": "higher"}
-    assert set(found["methods"]) == {"l2t_dln", "l2t_dln_transfer", "l2rw", "meta_weight_net", "focal"}
+    assert set(found["methods"]) == {"l2t_dln", "l2t_dln_transfer", "l2rw", "focal"}
     for method in found["methods"].values():
         scores = method["scores"]
         assert {"mIoU", "pixel accuracy", "IoU of background", "IoU of circle"} <= set(scores)
@@ -561,7 +560,7 @@ def test_a_run_leaves_its_scores_and_a_picture(run):
     with Image.open(run / "plots" / "seen.png") as picture:
         assert min(picture.size) > 500
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    assert len(rows) == 5 * 5 and all(0 <= row["validation_pixel_accuracy"] <= 1 for row in rows)
+    assert len(rows) == 4 * 5 and all(0 <= row["validation_pixel_accuracy"] <= 1 for row in rows)
 
 
 def test_what_a_run_ends_with_can_be_read_and_scored(run):
@@ -582,19 +581,19 @@ def test_what_a_run_ends_with_can_be_read_and_scored(run):
 def test_it_resumes_bit_for_bit(run, tmp_path):
     """Stopped after several dispatches by a failing disk, and gone on with, it ends where it ends in one piece."""
     workdir, append, calls = tmp_path / "again", Metrics.append, []
-    arguments = (*FEW, "--seeds=1", "--method=l2t_dln,l2rw", f"--workdir={workdir}")
+    arguments = (*FEW, "--seeds=1", "--method=l2t_dln", f"--workdir={workdir}")
 
     def failing(self, rows):
         append(self, rows)
         calls.append(rows)
-        if len(calls) in (2, 8):
+        if len(calls) in (2, 7):
             raise OSError("No space left on device")
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Metrics, "append", failing)
         assert launch(segmentation, *arguments) == 1
         assert [launch(segmentation, *arguments, "--resume") for _ in range(2)] == [1, 0]
-    for name in ("l2t_dln", "l2t_dln_transfer", "l2rw"):
+    for name in ("l2t_dln", "l2t_dln_transfer"):
         assert summary(workdir)["methods"][name]["scores"] == summary(run)["methods"][name]["scores"]
         for a, b in zip(finals_of(workdir, name), finals_of(run, name), strict=True):
             np.testing.assert_array_equal(a, b)
@@ -602,9 +601,9 @@ def test_it_resumes_bit_for_bit(run, tmp_path):
 
 def test_on_two_devices_the_numbers_are_the_same(run, tmp_path):
     """Each has another number of labelled pixels."""
-    arguments = (*FEW, "--seeds=1", "--method=l2t_dln,meta_weight_net", f"--workdir={tmp_path}/two", "--devices=2")
+    arguments = (*FEW, "--seeds=1", "--method=l2t_dln", f"--workdir={tmp_path}/two", "--devices=2")
     execute([sys.executable, __file__, *arguments], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    for name in ("l2t_dln", "meta_weight_net"):
+    for name in ("l2t_dln", "l2t_dln_transfer"):
         for a, b in zip(finals_of(tmp_path / "two", name), finals_of(run, name), strict=True):
             np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
 
@@ -630,14 +629,13 @@ def test_no_rounds_score_the_student_as_it_begins(tmp_path):
 def test_a_backbone_apart_is_one_that_is_frozen_inside(tmp_path):
     """Its maps, once a batch, give the student that has the same numbers as constants."""
     for train in ("head", "all"):
-        arguments = (*FEW, "--student=on_maps", f"--train={train}", "--method=l2t_dln,cross_entropy", "--seeds=1")
+        arguments = (*FEW, "--student=on_maps", f"--train={train}", "--method=meta_weight_net", "--seeds=1")
         assert launch(segmentation, *arguments, f"--workdir={tmp_path / train}") == 0
-    for name in ("l2t_dln", "cross_entropy"):
-        apart, inside = (finals_of(tmp_path / train, name) for train in ("head", "all"))
-        for a, b in zip(apart, inside, strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
-        scores = [summary(tmp_path / train)["methods"][name]["score"]["mean"] for train in ("head", "all")]
-        np.testing.assert_allclose(*scores, rtol=1e-3)
+    name = "meta_weight_net"
+    for a, b in zip(*(finals_of(tmp_path / train, name) for train in ("head", "all")), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
+    scores = [summary(tmp_path / train)["methods"][name]["score"]["mean"] for train in ("head", "all")]
+    np.testing.assert_allclose(*scores, rtol=1e-3)
 
 
 def test_scales_and_mirrors_are_flags(tmp_path):
@@ -660,11 +658,9 @@ def test_scales_and_mirrors_are_flags(tmp_path):
 # What is refused
 
 
-@pytest.mark.parametrize("name", [*METHODS, *LOSSES])
+@pytest.mark.parametrize("name", method_names())
 def test_methods_run_on_pixels_or_say_that_they_do_not(name):
     """In a line when they are built; all others trace a whole round."""
-    if name not in method_names():
-        pytest.skip("no method by itself")
     data = few(None, False)
     config = Config(
         dataset="shapes", student="pixelwise", methods=(name,), preset="stable", teacher="sgd", rounds=1,
