@@ -310,7 +310,7 @@ def _with_classes(panel: Any) -> np.ndarray:
     image: np.ndarray = panel.image.astype(np.float32) / 255
     if panel.classes is None:
         return image
-    image = np.repeat(image @ np.float32([[0.299], [0.587], [0.114]]), 3, axis=-1)
+    image = np.repeat(image @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
     classes = np.asarray(panel.classes)
     for value in np.unique(classes):
         if value:
