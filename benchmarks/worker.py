@@ -172,9 +172,16 @@ def plain_layers() -> Iterator[None]:
     from flax import linen as nn
     from jax import lax
 
-    def conv(x: Any, w: Any, *, strides: int, padding: str | int) -> Any:
-        pads = padding if isinstance(padding, str) else [(padding, padding)] * 2
-        return lax.conv_general_dilated(x, w, (strides, strides), pads, dimension_numbers=("NHWC", "HWIO", "NHWC"))
+    def conv(x: Any, w: Any, *, strides: int, padding: str | int, dilation: int = 1, groups: int = 1) -> Any:
+        return lax.conv_general_dilated(
+            x,
+            w,
+            (strides, strides),
+            padding if isinstance(padding, str) else [(padding, padding)] * 2,
+            rhs_dilation=(dilation, dilation),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            feature_group_count=groups,
+        )
 
     def max_pool(x: Any) -> Any:
         return nn.max_pool(x, (2, 2), (2, 2))
