@@ -184,7 +184,7 @@ def build_student(config: Config, task: Task, example: Batch, axis_name: str | N
         student = build(num_classes=task.outputs, **config.student_knobs, **axis)
         inputs = seen_by(student, _zeros(example.inputs))
         variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
-        outputs, _ = jax.eval_shape(lambda *given: student.apply(*given, False), variables, inputs)
+        outputs, _ = jax.eval_shape(lambda variables, x: student.apply(variables, x, False), variables, inputs)
     except ValueError as error:
         raise UsageError(
             f"--student={config.student} does not fit --dataset={config.dataset}: {error}{hint}"
