@@ -120,7 +120,12 @@ def pixels(outputs: Segmented, targets: Array) -> Read:
       targets: classes [B, H, W], 255 where they do not count.
     Returns:
       logits [R, C], classes [R], weights [R]; the mean over rows times `scale` is the sum of the heads' means.
+    Raises:
+      ValueError: these are the outputs of another kind of student.
     """
+    if not isinstance(outputs, Segmented):
+        told = ", ".join(str(list(jnp.shape(x))) for x in jax.tree.leaves(outputs))
+        raise ValueError(f"its students put out a `Segmented`, logits [B, H, W, C], and this one {told}.")
     heads = [outputs.logits, *([] if isinstance(outputs.auxiliary, tuple) else [outputs.auxiliary])]
     images, classes = targets.shape[0], outputs.logits.shape[-1]
     counted = (targets != IGNORED).reshape(images, -1)
