@@ -1,5 +1,6 @@
 """The benchmark runs, its rows say what they are, and a library that is absent, wrong or dying does not stop it."""
 
+import contextlib
 import io
 import json
 import sys
@@ -10,13 +11,18 @@ import jax
 import numpy as np
 import pytest
 from absl.testing import flagsaver
+from flax import linen as nn
 from launching import execute
 from rich.console import Console
 
 from benchmarks import hypergradient_cost, operations, peers, scaling, worker
+from benchmarks import pixels as pixels_cost
 from benchmarks.cost_report import TOLERANCE, exponents, plot, table_of
 from benchmarks.hypergradient_cost import FLAGS, MODES, difference, measure
 from benchmarks.workloads import WORKLOADS, images, problem
+from l2t_jax import unroll
+from l2t_jax.students import STUDENTS, from_linen
+from l2t_jax.types import Segmented
 
 ROOT = Path(__file__).parents[1]
 THETA = 4 * 397_510 / 2**20  # MiB of the MLP's parameters
@@ -310,6 +316,73 @@ def test_bad_flags_of_scaling_are_one_line(flag, message, capsys):
         scaling.main(["scaling", "--devices=1", "--seeds=1", flag])
     error = capsys.readouterr().err
     assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+def test_losses_over_pixels(tmp_path, capsys, monkeypatch):
+    """Each in pieces and in one, of which that of the DLN takes several times the memory; PIECE is what it was."""
+    path, piece = tmp_path / "new" / "record.json", 2**11
+    monkeypatch.setattr(unroll, "PIECE", piece)
+    arguments = ["--what=loss", "--side=33", "--classes=3", "--repeats=1", f"--out={path}"]
+    with pixels_flags():
+        pixels_cost.main(["pixels", *arguments])
+    record = json.loads(path.read_text(), parse_constant=pytest.fail)
+    assert record.keys() == {"rows", "command", "environment"} and str(path) in capsys.readouterr().out
+    rows = {(row["loss"], row["in_pieces"], row["of"]): row for row in record["rows"]}
+    assert rows.keys() == {
+        (loss, pieces, of)
+        for loss in ("cross_entropy", "dln")
+        for pieces in (False, True)
+        for of in ("gradient", "mixed")
+    }
+    assert all((row["side"], row["classes"], row["images"]) == (33, 3, 2) for row in record["rows"])
+    assert all(row["what"] == "loss" and row["seconds"] > 0 for row in record["rows"])
+    for of in ("gradient", "mixed"):
+        whole, pieces = (rows["dln", apart, of]["temporaries_mib"] for apart in (False, True))
+        assert whole > 3 * pieces > 0
+    assert piece == unroll.PIECE
+
+
+def test_rounds_over_pixels(tmp_path, monkeypatch):
+    """L2T-DLN with its LSTM, and the task's fixed loss, of a student of 1x1 convolutions."""
+
+    class Heads(nn.Module):
+        num_classes: int
+
+        @nn.compact
+        def __call__(self, x, train):
+            heads = [nn.Dense(self.num_classes, name=name)(x) for name in ("output", "second")]
+            return Segmented(*heads)
+
+    monkeypatch.setitem(STUDENTS, "pspnet_dense", lambda *, num_classes: from_linen(Heads(num_classes)))
+    path = tmp_path / "record.json"
+    options = ["--what=rounds", "--students=pspnet_dense", "--side=17", "--classes=3", "--rounds=1", "--memory=save"]
+    with pixels_flags():
+        pixels_cost.main(["pixels", *options, f"--out={path}"])
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["l2t_dln", "cross_entropy"]
+    for row in rows:
+        assert (row["student"], row["parameters"], row["side"], row["memory"]) == ("pspnet_dense", 24, 17, "save")
+        assert row["first_round_s"] > row["seconds"] > 0 and row["temporaries_mib"] > 0 and row["error"] > 0
+    assert rows[0]["error"] == pytest.approx(rows[1]["error"], rel=1e-3)  # the DLN begins as cross entropy
+
+
+@pytest.mark.parametrize(
+    ("flag", "message"),
+    [("--what=x", "--what=x is unknown; choose any of loss, rounds"), ("--side=9", "side"), ("--repeats=0", "repeats")],
+)
+def test_bad_flags_of_pixels_are_one_line(flag, message, capsys):
+    with pixels_flags(), pytest.raises(SystemExit) as stop:
+        pixels_cost.main(["pixels", flag])
+    error = capsys.readouterr().err
+    assert stop.value.code == 2 and message in error and error.count("\n") == 1
+
+
+@contextlib.contextmanager
+def pixels_flags():
+    """Its flags, afterwards as they were."""
+    saved = flagsaver.save_flag_values(pixels_cost.FLAGS)
+    yield
+    flagsaver.restore_flag_values(saved, pixels_cost.FLAGS)
 
 
 def test_the_findings_are_what_the_records_say():

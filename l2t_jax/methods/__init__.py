@@ -20,7 +20,7 @@ from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.methods.parts import Parts, build_teacher_optimizer, is_of_classes, sound, taught_loss, teacher_arguments
 from l2t_jax.methods.slf import slf
 from l2t_jax.teachers import build_teacher, from_optax
-from l2t_jax.types import Method, Teacher
+from l2t_jax.types import Method, Teacher, rows
 
 DLF_TEACHER_LR = 0.01  # the demo's
 
@@ -185,6 +185,8 @@ KNOBS: dict[str, Callable[..., Any]] = {
 UNWEIGHTED = ("l2t_dlf", "l2rw", "mentornet", "mentornet_data_driven")
 # Whose policy, loss or weights are of classes; the others take a task's own errors and its own loss.
 OF_CLASSES = ("l2t_dlf", "ala", "slf", "meta_weight_net", "ml3", "adalfl", "taylor_glo", "bilinear")
+# Whose teacher is told of the outputs themselves, a row for each example: pixels have more.
+OF_EXAMPLES = ("l2t_dlf", "ala")
 
 
 def method_names(*, classes: bool | None = None) -> list[str]:
@@ -209,4 +211,6 @@ def build_method(name: str, parts: Parts, *, learn: bool = True) -> Method:
     """
     if name in OF_CLASSES:
         _ = parts.classes  # raises where there are none
+    if name in OF_EXAMPLES and dict(parts.task.views)["rows"] is not rows:
+        raise ValueError("it is of examples that are classified, and this task's rows are parts of them: leave it out.")
     return (METHODS[name] if name in METHODS else _fixed(name))(parts, learn)

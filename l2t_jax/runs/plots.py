@@ -303,10 +303,14 @@ def panels(
 
 
 def _with_classes(panel: Any) -> np.ndarray:
-    """The image [H, W, 3], half of it the colours of the classes of its pixels; those that do not count are white."""
-    image = panel.image.astype(np.float32) / 255
+    """The image [H, W, 3] under the colours of the classes of its pixels; those that do not count are white.
+
+    It is grey there, as colours of its own would be taken for those of classes.
+    """
+    image: np.ndarray = panel.image.astype(np.float32) / 255
     if panel.classes is None:
         return image
+    image = np.repeat(image @ np.float32([[0.299], [0.587], [0.114]]), 3, axis=-1)
     classes = np.asarray(panel.classes)
     for value in np.unique(classes):
         if value:

@@ -99,8 +99,8 @@ def build_setting(
         task = spec.build(dataset, **config.task_knobs)
     except DataError:
         raise
-    except ValueError as error:
-        raise UsageError(f"--task={config.task}: {error}") from error
+    except ValueError as error:  # which begins with the knob
+        raise UsageError(f"--{error}" if config.task_knobs else str(error)) from error
     example = example_batch(task, dataset)
     inputs = _zeros(example.inputs)
     student = own.student or build_student(config, task, example, layout.axis_name)
@@ -237,12 +237,13 @@ def prepare(config: Config, options: Options) -> Dataset:
     """
     spec = TASKS[config.task]
     dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
+    labelled = isinstance(dataset.train, dict) and "labels" in dataset.train  # each example, not its pixels
     for flag, file, read, put in (
         ("labels", config.labels, read_labels, with_labels),
         ("clean", config.clean, read_clean, with_clean),
     ):
         try:
-            require(file is None or spec.classes, f"it is of classes, and {dataset.name} has none.")
+            require(file is None or labelled, f"it is of classes of examples, and {dataset.name} has none.")
             dataset = dataset if file is None else put(dataset, read(file))
         except DataError as error:
             raise DataError(f"--{flag}={file}: {error}") from error
@@ -253,7 +254,7 @@ def prepare(config: Config, options: Options) -> Dataset:
         meta = default if noise.meta is None else noise.meta
         dataset = with_noise(dataset, noise.kind, noise.ratio, meta, noise.seed)
     if config.class_weight is not None:
-        require(spec.classes, f"{dataset.name}: class weights are of classes, and this data set has none.")
+        require(labelled, f"{dataset.name}: class weights are of classes of examples, and this data set has none.")
         dataset = with_class_weight(dataset, config.class_weight)
     return dataset
 

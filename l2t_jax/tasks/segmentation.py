@@ -131,8 +131,10 @@ def pixels(outputs: Segmented, targets: Array) -> Read:
     counted = (targets != IGNORED).reshape(images, -1)
     labels = jnp.where(counted, targets.reshape(images, -1), 0)
     weights = (1.0, AUXILIARY)[: len(heads)]
+    # Logits that do not count may be anything, NaN too, whose derivative would be NaN even of weight 0.
+    logits = [jnp.where(counted[..., None], head.reshape(images, -1, classes), 0) for head in heads]
     return Read(
-        jnp.concatenate([head.reshape(images, -1, classes) for head in heads], axis=1).reshape(-1, classes),
+        jnp.concatenate(logits, axis=1).reshape(-1, classes),
         jnp.concatenate([labels] * len(heads), axis=1).ravel(),
         jnp.concatenate([weight * counted.astype(heads[0].dtype) for weight in weights], axis=1).ravel(),
         sum(weights),
