@@ -114,7 +114,7 @@ def measure_losses(side: int, classes: int, repeats: int, whole: bool) -> list[d
             continue
         loss = build_loss(name, classes, **knobs)
         phi = jax.tree.map(lambda x: x + 0.01, loss.init(jax.random.key(1)))
-        before, unroll.PIECE = unroll.PIECE, unroll.PIECE if pieces else 2**62
+        before, unroll.MANY = unroll.MANY, unroll.MANY if pieces else 2**62
 
         def mean(outputs: Segmented, phi: Any, loss: Any = loss) -> jax.Array:
             read = pixels(outputs, targets)
@@ -141,7 +141,7 @@ def measure_losses(side: int, classes: int, repeats: int, whole: bool) -> list[d
             rows.append(
                 {"loss": name, "in_pieces": pieces, "of": kind, "seconds": seconds, "temporaries_mib": temporaries}
             )
-        unroll.PIECE = before
+        unroll.MANY = before
     return [row | {"side": side, "classes": classes, "images": 2} for row in rows]
 
 

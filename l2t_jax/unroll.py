@@ -15,7 +15,9 @@ from l2t_jax.inputs import as_arrays, check_carried, check_floats, check_inner, 
 from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import Array, Batch, Errors, Loss, PyTree, Read, Student, StudentState, Task
 
-PIECE = 2**17  # predictions, rows times classes, that a loss is computed of at once
+MANY = 2**17  # predictions, rows times classes, of which a loss is not computed at once
+# Of how many then: a CPU is twice as fast where the DLN's layers stay in its cache, a GPU where kernels are large.
+PIECE = {"cpu": 2**13}  # elsewhere MANY
 
 # (params, batch_stats, loss parameters, batch) -> scalar loss, new batch_stats
 InnerLoss = Callable[[PyTree, PyTree, PyTree, PyTree], tuple[Array, PyTree]]
@@ -94,15 +96,15 @@ def losses_for(task: Task, loss: Loss) -> Callable[..., Errors]:
 def in_pieces(loss: Loss, params: PyTree, read: Read, **weights: Array) -> Array:
     """The values [R] of a loss; of many rows that are classified, pixels say, some after the others.
 
-    Only what a piece of `PIECE` predictions needs is in memory at a time: its values are computed again on the way
-    back, for derivatives of any order. The numbers are those of one piece.
+    Of more than `MANY` predictions only what a piece of `PIECE` needs is in memory at a time: its values are computed
+    again on the way back, for derivatives of any order. The numbers are those of one piece.
     """
     outputs, rows = read.outputs, (read.outputs, read.targets, weights)
     apply = lambda outputs, targets, weights: loss.apply(params, outputs, targets, **weights)  # noqa: E731
-    if loss.reads != "rows" or not hasattr(outputs, "ndim") or outputs.ndim != 2 or outputs.size <= PIECE:
+    if loss.reads != "rows" or not hasattr(outputs, "ndim") or outputs.ndim != 2 or outputs.size <= MANY:
         return apply(*rows)
     count = outputs.shape[0]
-    most = max(1, PIECE // outputs.shape[1])
+    most = max(1, PIECE.get(jax.default_backend(), MANY) // outputs.shape[1])
     # A divisor needs no padding, which copies all rows.
     size = next((k for k in range(most, most // 2, -1) if count % k == 0), most)
     pieces = -(-count // size)

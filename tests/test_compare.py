@@ -16,8 +16,8 @@ from l2t_jax.methods import TAUGHT, method_names
 from l2t_jax.runs import tables
 from l2t_jax.runs.published import PUBLISHED
 from l2t_jax.runs.setting import build_setting
-from l2t_jax.tasks import load
-from l2t_jax.tasks.classification import DATASETS
+from l2t_jax.students import STUDENTS
+from l2t_jax.tasks import TASKS, load
 
 pytestmark = pytest.mark.usefixtures("small_lstm")
 # All but controls and what is of a kind that is there already; `test_every_name_builds` has all.
@@ -176,8 +176,9 @@ def test_groups_and_failures_are_told():
 
 
 def test_published_numbers_name_what_can_be_run():
-    for setup, method in PUBLISHED:
-        assert setup.dataset in DATASETS and method in method_names()
+    known = {name for spec in TASKS.values() for name in spec.datasets}
+    for group, method in PUBLISHED:
+        assert group.dataset in known and group.student in STUDENTS and method in method_names()
     assert set(LOSSES) - set(method_names()) == {
         "dln",
         "linear_dln",

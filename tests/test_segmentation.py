@@ -172,7 +172,7 @@ def derivatives(logits, batch, loss, phi):
 @pytest.mark.parametrize("piece", [2**17, 4 * 8 * CLASSES])
 def test_what_is_not_labelled_neither_counts_nor_leaks(piece, x64, monkeypatch):
     """NaN there changes no value and no derivative of first or second order; an image without labels is not there."""
-    monkeypatch.setattr(unroll, "PIECE", piece)
+    in_pieces_of(piece, monkeypatch)
     logits, batch = problem()
     batch = batch._replace(targets=batch.targets.at[1].set(IGNORED))
     loss, phi = taught()
@@ -221,6 +221,13 @@ def test_halves_of_a_batch_on_two_devices_give_the_mean_of_the_whole(x64):
 
 # In pieces
 
+
+def in_pieces_of(size, monkeypatch):
+    """Compute losses of so many predictions at a time."""
+    monkeypatch.setattr(unroll, "MANY", size)
+    monkeypatch.setattr(unroll, "PIECE", {"cpu": size})
+
+
 # Of rows of 4 classes: 75 pixels of two heads are 150 rows, which 30 divides; of 7 images of 5x5 and one head 175,
 # which no number from 9 to 16 divides.
 PIECES = {"divided": (3, 30 * CLASSES, True), "padded": (7, 16 * CLASSES, False)}
@@ -242,7 +249,7 @@ def test_pieces_give_the_numbers_of_one(kind, x64, monkeypatch):
     values = in_pieces(loss, phi, read, **given)
     maps = []
     monkeypatch.setattr(unroll.lax, "map", lambda f, xs, map_=jax.lax.map: maps.append(xs) or map_(f, xs))
-    monkeypatch.setattr(unroll, "PIECE", piece)
+    in_pieces_of(piece, monkeypatch)
     apart = derivatives(logits, batch, loss, phi)
     assert maps and {x.shape[:2] for x in jax.tree.leaves(maps)} == {
         (5, 30) if kind == "divided" else (-(-rows // most), most)
@@ -276,7 +283,7 @@ def test_pieces_give_the_hypergradient_of_one(x64, monkeypatch):
         return jax.jit(hypergradient(inner, outer, SGD, memory="mixed"))(phi, state, train, validation)
 
     whole = compute()
-    monkeypatch.setattr(unroll, "PIECE", 30 * CLASSES)
+    in_pieces_of(30 * CLASSES, monkeypatch)
     for a, b in zip(jax.tree.leaves(compute()), jax.tree.leaves(whole), strict=True):
         np.testing.assert_allclose(a, b, rtol=1e-12, atol=1e-14)
 
@@ -305,9 +312,9 @@ def mebibytes(images, side=129, classes=21):
 def test_memory_grows_with_the_outputs_and_not_with_the_hidden_layers(monkeypatch):
     """Four hidden layers of a whole image are 160 times its outputs; a piece has its own, however many there are."""
     (one, outputs), (two, _) = mebibytes(1), mebibytes(2)
-    piece = 40 * unroll.PIECE * 4 / 2**20  # MiB of a hidden layer
-    assert two - one < 4 * outputs and one < 12 * piece
-    monkeypatch.setattr(unroll, "PIECE", 2**62)
+    piece = 40 * unroll.PIECE["cpu"] * 4 / 2**20  # MiB of a hidden layer
+    assert two - one < 4 * outputs and one < 12 * piece + 4 * outputs
+    in_pieces_of(2**62, monkeypatch)
     whole, _ = mebibytes(1)
     assert whole > 4 * one
 

@@ -202,26 +202,28 @@ def _train_entry(
                 continue
             taught[teacher] = online.state.teacher
         ready.append((seed, taught[teacher] if teacher else None))
-    for first in range(0, len(ready), setting.layout.runs):
-        members = ready[first : first + setting.layout.runs]
-        runs = [
-            _run(setting, entry, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
-            for seed, teacher in members
-        ]
-        trained = train(runs, plan, program, data, stop)
-        for run, outcome in zip(runs, trained, strict=True):
-            if run.checkpoints is not None:
-                run.checkpoints.close()
-            if directory is not None and entry.name in TAUGHT and outcome.failure is None:
-                trained_teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
-            if outcome.failure is not None:
-                progress.line(
-                    f"{run.name}, seed {run.seed} stopped at {outcome.failure}; its last good checkpoint is kept"
-                )
-                progress.end(run.name, run.seed)
-            outcomes[(run.name, run.seed)] = outcome
-    if isinstance(data, Stream):
-        data.close()
+    try:
+        for first in range(0, len(ready), setting.layout.runs):
+            members = ready[first : first + setting.layout.runs]
+            runs = [
+                _run(setting, entry, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
+                for seed, teacher in members
+            ]
+            trained = train(runs, plan, program, data, stop)
+            for run, outcome in zip(runs, trained, strict=True):
+                if run.checkpoints is not None:
+                    run.checkpoints.close()
+                if directory is not None and entry.name in TAUGHT and outcome.failure is None:
+                    trained_teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
+                if outcome.failure is not None:
+                    progress.line(
+                        f"{run.name}, seed {run.seed} stopped at {outcome.failure}; its last good checkpoint is kept"
+                    )
+                    progress.end(run.name, run.seed)
+                outcomes[(run.name, run.seed)] = outcome
+    finally:
+        if isinstance(data, Stream):
+            data.close()
     return outcomes
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 
 from l2t_jax.data import DataError, Dataset, at, hold_out, require
-from l2t_jax.data.files import read_clean, read_labels
+from l2t_jax.data.files import in_a_line, read_clean, read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
 from l2t_jax.knobs import knobs_for, knobs_of
@@ -31,6 +31,7 @@ from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.own import with_class_weight, with_clean, with_labels
 from l2t_jax.tasks.reading import behind
 from l2t_jax.types import Array, Batch, How, Key, Loss, Method, MethodState, PyTree, Student, Task, Teacher
+from l2t_jax.unroll import errors_of
 
 FRESH, TRANSFER = 1, 2  # what the key of a seed is folded with to initialise a run; 0 is the order of random draws
 META, FEW = 1000, 10_000  # clean examples of a meta set; a tenth as many where there are fewer examples than FEW
@@ -100,8 +101,9 @@ def build_setting(
         raise
     except ValueError as error:  # which begins with the knob
         raise UsageError(f"--{error}" if config.task_knobs else str(error)) from error
-    inputs = example_inputs(task, dataset)
-    student = own.student or build_student(config, task, inputs, layout.axis_name)
+    example = example_batch(task, dataset)
+    inputs = _zeros(example.inputs)
+    student = own.student or build_student(config, task, example, layout.axis_name)
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
         task = with_keys(task)
@@ -155,8 +157,18 @@ def build_entries(
     return entries
 
 
-def build_student(config: Config, task: Task, inputs: PyTree, axis_name: str | None = None) -> Student:
-    """The student that the flags describe, once it is sure to fit inputs [2, ...] of the data set."""
+def build_student(config: Config, task: Task, example: Batch, axis_name: str | None = None) -> Student:
+    """The student that the flags describe, once it is sure to fit the task and the data set.
+
+    Args:
+      config: of the run.
+      task: gives how many outputs there are, and the error, which is tried on what the student puts out.
+      example: shapes of a batch of the data set, see `example_batch`.
+      axis_name: mapped axis over which BatchNorm averages.
+
+    Raises:
+      UsageError: a knob is not the student's, or it does not fit.
+    """
     build = STUDENTS[config.student]
     has = knobs_of(build)
     for name, value in config.student_knobs.items():
@@ -166,11 +178,22 @@ def build_student(config: Config, task: Task, inputs: PyTree, axis_name: str | N
                 f"--{name}={value} is no knob of --student={config.student}, which has {told}: leave it out."
             )
     axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
+    usual = TASKS[config.task].defaults["student"]
+    hint = "" if usual == config.student else f" Students of --task={config.task} are like {usual}."
     try:
         student = build(num_classes=task.outputs, **config.student_knobs, **axis)
-        jax.eval_shape(student.init, jax.random.key(0), seen_by(student, inputs))
+        inputs = seen_by(student, _zeros(example.inputs))
+        variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
+        outputs, _ = jax.eval_shape(lambda variables, x: student.apply(variables, x, False), variables, inputs)
     except ValueError as error:
-        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {error}") from error
+        raise UsageError(
+            f"--student={config.student} does not fit --dataset={config.dataset}: {error}{hint}"
+        ) from error
+    try:
+        jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
+    except Exception as error:  # what is for one kind of outputs may fail in any way for another
+        told = str(error) if isinstance(error, ValueError) else f"what it puts out cannot be read ({in_a_line(error)})."
+        raise UsageError(f"--student={config.student} does not fit --task={config.task}: {told}{hint}") from error
     return student
 
 
@@ -244,13 +267,13 @@ def enable_compilation_cache() -> None:
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
 
 
-def example_inputs(task: Task, dataset: Dataset) -> PyTree:
-    """Inputs [2, ...] of the right shapes and dtypes, all zero, for a student's initialisation."""
+def example_batch(task: Task, dataset: Dataset) -> Batch:
+    """Shapes and dtypes of a batch of two examples, for a student's initialisation and for trials."""
     first = at(dataset.train, slice(2))
     if task.read:
         first = task.read(first, np.arange(2) % dataset.examples, [(0,), (1,)])
-    batch = jax.eval_shape(lambda examples: task.gather(examples, jnp.arange(2), None), first)
-    return _zeros(batch.inputs)
+    batch: Batch = jax.eval_shape(lambda examples: task.gather(examples, jnp.arange(2), None), first)
+    return batch
 
 
 def seen_by(student: Student, inputs: PyTree) -> PyTree:

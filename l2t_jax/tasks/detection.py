@@ -144,8 +144,17 @@ def terms(outputs: tuple[Array, ...], targets: dict[str, Array]) -> Array:
 
 
 def anchors_of(outputs: tuple[Array, ...]) -> Anchors:
-    """The anchors of a network, by how many maps it puts out."""
-    return next(anchors for anchors in ANCHORS.values() if len(anchors.masks) == len(outputs))
+    """The anchors of a network, by how many maps it puts out.
+
+    Raises:
+      ValueError: it puts out something else, as a classifier does.
+    """
+    maps = outputs if isinstance(outputs, (tuple, list)) and all(jnp.ndim(x) == 5 for x in outputs) else ()
+    of_so_many = {len(anchors.masks): anchors for anchors in ANCHORS.values()}
+    if len(maps) not in of_so_many:
+        told = ", ".join(str(list(jnp.shape(x))) for x in jax.tree.leaves(outputs))
+        raise ValueError(f"its students put out 2 or 3 maps [B, h, w, 3, 5 + C], and this one {told}.")
+    return of_so_many[len(maps)]
 
 
 def _terms_of_map(

@@ -26,7 +26,7 @@ from l2t_jax.tasks.spec import Panel, TaskSpec
 from l2t_jax.types import Array, Batch, Errors, Key, Metric, PyTree, Read, Segmented, Student, Task
 
 AUXILIARY = 0.4  # weight of the second head's loss
-STRIDE = 2 / 3  # of windows over an image that is larger than one, in windows
+STRIDE = 2 / 3  # from window to window, in windows
 MEAN, STD = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)  # of ImageNet's pixels, per channel
 
 
@@ -36,26 +36,29 @@ class Pixels:
 
     names: tuple[str, ...]  # of the classes; 0 is the ground
     crop: int  # side of the squares that a student is trained on, in pixels; (crop - 1) % 8 == 0
-    # part -> what was found in it -> how many
-    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
+    window: int = 0  # at least, of the squares in which larger images are scored
     mean: tuple[float, ...] = MEAN
     std: tuple[float, ...] = STD
+    # part -> what was found in it -> how many
+    counts: dict[str, dict[str, int]] = dataclasses.field(default_factory=dict)
 
 
-def segmentation(dataset: Dataset, *, crop: int = 0, scales: str = "1", mirror: bool = False) -> Task:
+def segmentation(dataset: Dataset, *, crop: int = 0, window: int = 0, scales: str = "1", mirror: bool = False) -> Task:
     """Build the task of a set of masked images.
 
     error = mean CE(p, y) + 0.4 mean CE(aux, y) over the pixels that are labelled; a student's loss is the same of any
     loss of classes: mean l(p, y) + 0.4 mean l(aux, y). Pixels of label 255 neither count nor move anything.
 
     Training images are scaled by 0.5 to 2, mirrored and cropped at random. A student is scored on images as large as
-    they are, padded to one canvas; where that is larger than a crop, by windows of a crop's size, two thirds of it
-    apart, whose probabilities are averaged. mIoU is the mean over classes of intersection over union, both added up
+    they are, padded to one canvas; where that is larger than a window, by windows two thirds of their size apart,
+    whose probabilities are averaged. mIoU is the mean over classes of intersection over union, both added up
     over the whole set; a class that neither occurs nor is predicted does not count.
 
     Args:
       dataset: gives its `Pixels`; {"image", "mask"}: images of any sizes, read on the host.
       crop: side of training images in pixels, (crop - 1) % 8 == 0; 0: what suits the data set.
+      window: side of the windows in which larger images are scored, likewise; 0: what suits the data set,
+        and no less than a crop.
       scales: of images when a student is scored, their probabilities averaged, e.g. 0.5+0.75+1+1.25+1.5.
       mirror: score on mirrored images too, their probabilities averaged.
     Raises:
@@ -64,13 +67,17 @@ def segmentation(dataset: Dataset, *, crop: int = 0, scales: str = "1", mirror: 
     """
     info: Pixels = dataset.info
     crop = crop or info.crop
-    if crop < 17 or (crop - 1) % 8:
-        near = max(17, (crop - 1) // 8 * 8 + 1)
-        raise ValueError(f"crop={crop}: students halve images three times, keeping corners: use {near} or {near + 8}.")
+    window = window or max(crop, info.window)
+    for name, side in (("crop", crop), ("window", window)):
+        if side < 17 or (side - 1) % 8:
+            near = max(17, (side - 1) // 8 * 8 + 1)
+            raise ValueError(
+                f"{name}={side}: students halve images three times, keeping corners: use {near}, {near + 8}."
+            )
     factors = _scales(scales)
     mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
     names = len(info.names)
-    canvas = _canvas(dataset.test, crop)
+    canvas = _canvas(dataset.test, window)
 
     def read(examples: PyTree, indices: np.ndarray, seeds: Seeds) -> PyTree:
         found = []
@@ -88,7 +95,7 @@ def segmentation(dataset: Dataset, *, crop: int = 0, scales: str = "1", mirror: 
         return Batch((data["image"][indices].astype(jnp.float32) - mean) / std, data["mask"][indices].astype(jnp.int32))
 
     def measure(student: Student, variables: dict[str, PyTree], batch: Batch) -> PyTree:
-        chances = predict(student, variables, batch.inputs, crop, factors, mirror)
+        chances = predict(student, variables, batch.inputs, window, factors, mirror)
         return {"confusion": confusion(chances.argmax(-1), batch.targets, names)}
 
     return Task(
@@ -113,7 +120,12 @@ def pixels(outputs: Segmented, targets: Array) -> Read:
       targets: classes [B, H, W], 255 where they do not count.
     Returns:
       logits [R, C], classes [R], weights [R]; the mean over rows times `scale` is the sum of the heads' means.
+    Raises:
+      ValueError: these are the outputs of another kind of student.
     """
+    if not isinstance(outputs, Segmented):
+        told = ", ".join(str(list(jnp.shape(x))) for x in jax.tree.leaves(outputs))
+        raise ValueError(f"its students put out a `Segmented`, logits [B, H, W, C], and this one {told}.")
     heads = [outputs.logits, *([] if isinstance(outputs.auxiliary, tuple) else [outputs.auxiliary])]
     images, classes = targets.shape[0], outputs.logits.shape[-1]
     counted = (targets != IGNORED).reshape(images, -1)
@@ -149,7 +161,7 @@ def predict(
     student: Student,
     variables: dict[str, PyTree],
     images: Array,
-    crop: int,
+    window: int,
     scales: tuple[float, ...] = (1.0,),
     mirror: bool = False,
 ) -> Array:
@@ -158,7 +170,7 @@ def predict(
     Args:
       student, variables: see `Student`; running statistics are used.
       images: [B, H, W, 3], normalised.
-      crop: side of a window.
+      window: side of a window.
       scales: sizes of the images.
       mirror: whether mirrored images are looked at too.
     """
@@ -173,37 +185,37 @@ def predict(
         size = [_on_grid(scale * side) for side in (height, width)]
         scaled = images if scale == 1 else resize_aligned(images, (size[0], size[1]))
         for flip in (False, True)[: 1 + mirror]:
-            chances = _windows(seen, scaled[:, :, ::-1] if flip else scaled, crop)
+            chances = _windows(seen, scaled[:, :, ::-1] if flip else scaled, window)
             chances = chances[:, :, ::-1] if flip else chances
             total = total + (chances if scale == 1 else resize_aligned(chances, (height, width)))
     return jnp.asarray(total / (len(scales) * (1 + mirror)))
 
 
-def _windows(seen: Callable[[Array], Array], images: Array, crop: int) -> Array:
+def _windows(seen: Callable[[Array], Array], images: Array, side: int) -> Array:
     """Probabilities of images, in windows that overlap where an image is larger than one."""
     height, width = images.shape[1:3]
-    padded = jnp.pad(images, ((0, 0), (0, max(0, crop - height)), (0, max(0, crop - width)), (0, 0)))
-    places = [(top, left) for top in _begins(padded.shape[1], crop) for left in _begins(padded.shape[2], crop)]
+    padded = jnp.pad(images, ((0, 0), (0, max(0, side - height)), (0, max(0, side - width)), (0, 0)))
+    places = [(top, left) for top in _begins(padded.shape[1], side) for left in _begins(padded.shape[2], side)]
     if len(places) == 1:
         return seen(padded)[:, :height, :width]
     starts = jnp.array(places)
-    cut = lambda at: jax.lax.dynamic_slice(padded, (0, at[0], at[1], 0), (len(padded), crop, crop, 3))  # noqa: E731
-    chances = jax.lax.map(lambda at: seen(cut(at)), starts)  # [windows, B, crop, crop, C]
+    cut = lambda at: jax.lax.dynamic_slice(padded, (0, at[0], at[1], 0), (len(padded), side, side, 3))  # noqa: E731
+    chances = jax.lax.map(lambda at: seen(cut(at)), starts)  # [windows, B, side, side, C]
     total: Array | None = None
     count = np.zeros(padded.shape[1:3], np.float32)
     for window, (top, left) in enumerate(places):
         if total is None:
             total = jnp.zeros((*padded.shape[:3], chances.shape[-1]), chances.dtype)
-        total = total.at[:, top : top + crop, left : left + crop].add(chances[window])
-        count[top : top + crop, left : left + crop] += 1
+        total = total.at[:, top : top + side, left : left + side].add(chances[window])
+        count[top : top + side, left : left + side] += 1
     assert total is not None
     return (total / count[..., None])[:, :height, :width]
 
 
-def _begins(side: int, crop: int) -> Iterator[int]:
-    """Where windows begin along a side; the last one ends with it."""
-    stride = int(np.ceil(STRIDE * crop))
-    yield from sorted({min(begin, side - crop) for begin in range(0, side - crop + stride, stride)})
+def _begins(length: int, side: int) -> Iterator[int]:
+    """Where windows begin along a length; the last one ends with it."""
+    stride = int(np.ceil(STRIDE * side))
+    yield from sorted({min(begin, length - side) for begin in range(0, length - side + stride, stride)})
 
 
 def confusion(predicted: Array, targets: Array, classes: int) -> Array:
@@ -264,10 +276,10 @@ def _on_grid(side: float) -> int:
     return int(np.ceil((side - 1) / 8)) * 8 + 1
 
 
-def _canvas(part: PyTree, crop: int) -> tuple[int, int]:
-    """A size that holds every image of a part, and a crop."""
+def _canvas(part: PyTree, window: int) -> tuple[int, int]:
+    """A size that holds every image of a part, and a window."""
     sizes = np.array([size_of(image) for image in part["image"]])
-    height, width = (max(crop, _on_grid(side)) for side in sizes.max(0))
+    height, width = (max(window, _on_grid(side)) for side in sizes.max(0))
     return height, width
 
 
@@ -283,12 +295,12 @@ def check(dataset: Dataset) -> None:
     require(isinstance(dataset.info, Pixels), f"{dataset.name}: info must be `Pixels`.")
 
 
-def _dataset(name: str, found: Annotated, crop: int) -> Dataset:
-    return Dataset(name, found.train, found.test, Pixels(found.names, crop, found.counts))
+def _dataset(name: str, found: Annotated, crop: int, window: int = 0) -> Dataset:
+    return Dataset(name, found.train, found.test, Pixels(found.names, crop, window, counts=found.counts))
 
 
-def _tfds(name: str, crop: int) -> Callable[[Path, bool], Dataset]:
-    return lambda data_dir, download: _dataset(name, read_masks_tfds(data_dir, download, name), crop)
+def _tfds(name: str, crop: int, window: int = 0) -> Callable[[Path, bool], Dataset]:
+    return lambda data_dir, download: _dataset(name, read_masks_tfds(data_dir, download, name), crop, window)
 
 
 def open_path(path: Path) -> Dataset:
@@ -303,9 +315,9 @@ def open_path(path: Path) -> Dataset:
 SEGMENTATION = TaskSpec(
     build=segmentation,
     datasets={
-        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 65),
+        "shapes": lambda data_dir, download: _dataset("shapes", drawn_masks(), 65, 129),
         "voc/2012": _tfds("voc/2012", 473),
-        "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193),
+        "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193, 321),
     },
     open=open_path,
     check=check,
