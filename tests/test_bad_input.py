@@ -92,6 +92,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "fresh_head": (*NO_SWITCH, "true"),
     # Of other tasks; what of them is wrong there: test_segmentation.py, test_detection.py.
     "crop": (*NO_COUNT[2:], "33"),
+    "window": (*NO_COUNT[2:], "33"),
     "scales": ("1",),
     "mirror": (*NO_SWITCH, "true"),
     "size": (*NO_COUNT[2:], "416"),

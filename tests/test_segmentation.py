@@ -741,6 +741,7 @@ def refused(capsys, *arguments):
         (("--crop=100",), "error: --crop=100: students halve images three times, keeping corners: use 97 or 105."),
         (("--crop=9",), "crop=9: .*: use 17 or 25."),
         (("--crop=-1",), "--crop=-1"),
+        (("--window=50",), "--window=50: .*: use 49 or 57."),
         (("--scales=x",), "scales='x' are none: give positive numbers joined by"),
         (("--scales=1+0",), r"scales='1\+0' are none"),
         (("--size=416",), "--size=416 is of detection, not of --task=segmentation"),

@@ -72,7 +72,7 @@ def segmentation(dataset: Dataset, *, crop: int = 0, window: int = 0, scales: st
         if side < 17 or (side - 1) % 8:
             near = max(17, (side - 1) // 8 * 8 + 1)
             raise ValueError(
-                f"{name}={side}: students halve images three times, keeping corners: use {near}, {near + 8}."
+                f"{name}={side}: students halve images three times, keeping corners: use {near} or {near + 8}."
             )
     factors = _scales(scales)
     mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
