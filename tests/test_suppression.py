@@ -1,4 +1,4 @@
-"""Boxes: decoding, suppression and letterbox against loops, and COCO's precision of real weights on real images."""
+"""Boxes: decoding, suppression and letterbox against loops, and COCO's precision against its own code."""
 
 import builtins
 from functools import partial
