@@ -90,6 +90,10 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
         *(f"{name} --student=yolov3" for name in (*NO_NAME, "head")),
     ),
     "fresh_head": (*NO_SWITCH, "true"),
+    "crop": ("x", "1.5", "97"),  # of a task, and this module is of another
+    "scales": ("", "1"),
+    "mirror": (*NO_SWITCH, "true"),
+    "size": ("x", "1.5", "64"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (
