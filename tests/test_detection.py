@@ -411,13 +411,15 @@ def test_a_run_says_what_was_measured_and_taught(whole):
 
 
 def test_the_command_as_it_stands(small_lstm, tmp_path):
-    """No flags but for time: YOLOv3-tiny, a learned teacher, the data set and the methods of the task."""
-    flags = ("--rounds=1", "--size=64", "--width=2", "--seeds=1", "--memory=save")
-    assert run(tmp_path / "plain", *flags) == 0
-    told = summary(tmp_path / "plain")
-    assert (told["dataset"], told["student"], told["unroll_length"]) == ("shapes", "yolov3_tiny", 2)
-    assert set(told["methods"]) == {"l2t_dln", "l2t_dln_transfer", "sum_of_terms"}
-    assert all(0 <= method["score"]["mean"] <= 1 for method in told["methods"].values())
+    """Few flags: the data set, N and methods of the task with a learned teacher, and its student, YOLOv3-tiny."""
+    flags = ("--rounds=1", "--size=64", "--seeds=1", "--memory=save")
+    assert run(tmp_path / "methods", *flags, "--student=peephole") == 0
+    assert run(tmp_path / "student", *flags, "--width=2", "--method=sum_of_terms") == 0
+    methods, student = summary(tmp_path / "methods"), summary(tmp_path / "student")
+    assert (methods["dataset"], methods["unroll_length"], student["student"]) == ("shapes", 2, "yolov3_tiny")
+    assert set(methods["methods"]) == {"l2t_dln", "l2t_dln_transfer", "sum_of_terms"}
+    for told in (methods, student):
+        assert all(0 <= method["score"]["mean"] <= 1 for method in told["methods"].values())
 
 
 def test_it_resumes_bit_for_bit(whole, tmp_path):

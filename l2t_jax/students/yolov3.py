@@ -18,7 +18,7 @@ from flax import linen as nn
 from l2t_jax.convolution import conv2d
 from l2t_jax.inputs import known
 from l2t_jax.students.darknet import floats_of, name_of, read_darknet, read_header
-from l2t_jax.students.layers import from_linen, he_normal, max_pool, require_positive
+from l2t_jax.students.layers import from_linen, he_normal, require_positive
 from l2t_jax.types import Array, Backbone, Key, PyTree, Student
 
 ANCHORS = 3  # boxes that are predicted in each cell
@@ -131,7 +131,7 @@ def _tiny(units: Units, x: Array, width: int) -> tuple[Array, ...]:
     """Images [B, H, W, 3] -> maps of strides 32 and 16."""
     for stage in range(5):
         fine = units.conv(x, width << stage, 3)
-        x = max_pool(fine)
+        x = _max_pool(fine)
     x = _max_pool_in_place(units.conv(x, 32 * width, 3))
     return units.conv(x, 64 * width, 3), fine
 
@@ -150,11 +150,27 @@ def _upsample(x: Array) -> Array:
     return jnp.broadcast_to(x[:, :, None, :, None], (b, h, 2, w, 2, c)).reshape(b, 2 * h, 2 * w, c)
 
 
+def _max_pool(x: Array) -> Array:
+    """The maximum of each 2 x 2 cells: [B, 2 h, 2 w, c] -> [B, h, w, c]."""
+    for axis in (1, 2):
+        x = _larger(*(jax.lax.slice_in_dim(x, i, None, stride=2, axis=axis) for i in (0, 1)))
+    return x
+
+
+def _larger(a: Array, b: Array) -> Array:
+    """The maximum of two, with the derivative to the first of equals.
+
+    That of `max` asks which are equal to the result. Where XLA computes one of the two again, and rounds it otherwise,
+    none is: the derivative is NaN or 0. Seen in the scan of an unroll, on a CPU without optimisations.
+    """
+    return jnp.where(b > a, b, a)
+
+
 def _max_pool_in_place(x: Array) -> Array:
     """The maximum of each cell and its neighbours to the right and below, where there are any; the size stays."""
     for axis in (1, 2):
         last = jax.lax.slice_in_dim(x, x.shape[axis] - 1, None, axis=axis)
-        x = jnp.maximum(x, jnp.concatenate([jax.lax.slice_in_dim(x, 1, None, axis=axis), last], axis))
+        x = _larger(x, jnp.concatenate([jax.lax.slice_in_dim(x, 1, None, axis=axis), last], axis))
     return x
 
 
