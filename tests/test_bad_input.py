@@ -715,7 +715,7 @@ DOORS = {
     "words as data": (lambda: evaluated({"inputs": np.array(["a"])}), "data/inputs is a NumPy array of <U1"),
     **{
         f"a batch size of {size!r}": (lambda size=size: evaluated(batch_size=size), "batch_size=.* is not a positive")
-        for size in (0, -1, 2.5, "10", None, True)
+        for size in (0, -1, 2.5, "10", True)
     },
     "variables without statistics": (lambda: evaluated(variables={"params": {}}), "variables have no 'batch_stats'"),
     "a reduced error": (
@@ -757,7 +757,6 @@ DOORS = {
     **{
         f"{name} {value!r}": (lambda name=name, value=value: drawn(**{name: value}), f"{name}=.* is not a positive")
         for name in (
-            "rounds",
             "examples",
             "stages",
             "unroll_length",
@@ -766,6 +765,10 @@ DOORS = {
             "epoch_stages",
         )
         for value in (0, -1, 2.5, "x")
+    },
+    **{
+        f"rounds {value!r}": (lambda value=value: drawn(rounds=value), "rounds=.* is not an integer of at least 0")
+        for value in (-1, 2.5, "x")  # 0 scores students as they begin
     },
     **{
         f"validation_ratio {value!r}": (lambda value=value: drawn(validation_ratio=value), "must lie between 0 and 1")

@@ -51,13 +51,13 @@ class Plan:
     validation part: it has n_validation // (S V) rounds, each of which reads S validation batches not read before.
 
     Raises:
-      ValueError: a size is below 1, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
+      ValueError: a size is below 1, rounds are below 0, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
 
     Source: the released code of L2T-DLN, which divides anew every epoch, where Algorithm 1 of the paper says nothing.
     It loses one batch, and so one step, where a pass ends within a round; here every round has all its S N batches.
     """
 
-    rounds: int  # of the whole run
+    rounds: int  # of the whole run; 0 trains nothing
     unroll_length: int  # N
     batch_size: int  # B
     validation_batch_size: int  # V

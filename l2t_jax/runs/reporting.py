@@ -203,6 +203,7 @@ def plot_curves(
         f"{method}: {name.removeprefix('loss_')}": curve
         for name in sorted({name for row in rows for name in row if name.startswith("loss_")})
         for method, curve in curves(rows, name).items()
+        if np.nanmax(np.abs(curve[1] - curve[1][:, :1])) > 0  # nothing moves a constant that is added
     }
     if entries:
         title = f"{what}: parameters of the taught loss"
