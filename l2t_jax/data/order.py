@@ -51,7 +51,7 @@ class Plan:
     validation part: it has n_validation // (S V) rounds, each of which reads S validation batches not read before.
 
     Raises:
-      ValueError: a size is below 1, rounds are below 0, the ratio is not strictly between 0 and 1, or a batch exceeds its part.
+      ValueError: a size is below 1, rounds are below 0, the ratio is not in (0, 1), or a batch exceeds its part.
 
     Source: the released code of L2T-DLN, which divides anew every epoch, where Algorithm 1 of the paper says nothing.
     It loses one batch, and so one step, where a pass ends within a round; here every round has all its S N batches.
