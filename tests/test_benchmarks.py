@@ -319,9 +319,10 @@ def test_bad_flags_of_scaling_are_one_line(flag, message, capsys):
 
 
 def test_losses_over_pixels(tmp_path, capsys, monkeypatch):
-    """Each in pieces and in one, of which that of the DLN takes several times the memory; PIECE is what it was."""
-    path, piece = tmp_path / "new" / "record.json", 2**11
-    monkeypatch.setattr(unroll, "PIECE", piece)
+    """Each in pieces and in one, of which that of the DLN takes several times the memory; MANY is what it was."""
+    path, many = tmp_path / "new" / "record.json", 2**11
+    monkeypatch.setattr(unroll, "MANY", many)
+    monkeypatch.setattr(unroll, "PIECE", {"cpu": many})
     arguments = ["--what=loss", "--side=33", "--classes=3", "--repeats=1", f"--out={path}"]
     with pixels_flags():
         pixels_cost.main(["pixels", *arguments])
@@ -339,7 +340,7 @@ def test_losses_over_pixels(tmp_path, capsys, monkeypatch):
     for of in ("gradient", "mixed"):
         whole, pieces = (rows["dln", apart, of]["temporaries_mib"] for apart in (False, True))
         assert whole > 3 * pieces > 0
-    assert piece == unroll.PIECE
+    assert many == unroll.MANY
 
 
 def test_rounds_over_pixels(tmp_path, monkeypatch):

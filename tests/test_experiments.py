@@ -219,7 +219,7 @@ BAD = {
     "--teacher=lst": "Did you mean lstm?",
     "--memory=mixd": "Did you mean mixed?",
     "--unroll_length=0": "not a positive integer",
-    "--rounds=0": "not a positive integer",
+    "--rounds=-1": "not a non-negative integer",
     "--rounds=ten": "invalid literal",
     "--rounds=3 --epochs=2": "give one of them",
     "--validation_ratio=0": "between 0 and 1",

@@ -433,7 +433,7 @@ def test_files_that_are_no_weights_are_told_in_one_line(tmp_path, name, content,
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("kind", ["safetensors", "pth", "checkpoint"])
+@pytest.mark.parametrize("kind", [pytest.param("safetensors", marks=pytest.mark.versions), "pth", "checkpoint"])
 def test_files_are_read(tmp_path, kind):
     from l2t_jax.students.state_dicts import read_state_dict
 

@@ -202,12 +202,8 @@ def some(boxes: list, *rest: list) -> tuple[np.ndarray, ...]:
     return np.array(boxes, float).reshape(-1, 4), *(np.array(x) for x in rest)
 
 
-def needs_evaluation() -> None:
-    pytest.importorskip("faster_coco_eval")
-
-
+@pytest.mark.versions
 def test_precision_by_hand() -> None:
-    needs_evaluation()
     truths = [Truths(*some([[0, 0, 50, 50], [100, 0, 150, 50]], [0, 0]))]
     perfect = [Detections(*some(truths[0].boxes.tolist(), [0.9, 0.8], [0, 0]))]
     result = average_precision(perfect, truths, 3)
@@ -229,7 +225,6 @@ def test_precision_by_hand() -> None:
 
 
 def test_crowds_and_areas_count_as_in_coco() -> None:
-    needs_evaluation()
     boxes = [[0, 0, 50, 50], [100, 0, 200, 100]]
     found = [Detections(*some([boxes[0], [110, 10, 150, 50]], [0.5, 0.9], [0, 0]))]
     counted = average_precision(found, [Truths(*some(boxes, [0, 0]))], 1)
@@ -256,7 +251,6 @@ def made_up(images: int = 30, classes: int = 4) -> tuple[list[Detections], list[
 
 
 def test_precision_is_that_of_cocos_own_evaluation(capsys: pytest.CaptureFixture) -> None:
-    needs_evaluation()
     coco = pytest.importorskip("pycocotools.coco")
     from pycocotools.cocoeval import COCOeval
 
@@ -297,7 +291,6 @@ def test_precision_of_what_does_not_fit(monkeypatch: pytest.MonkeyPatch) -> None
         patch.setattr(builtins, "__import__", absent)
         with pytest.raises(ImportError, match="pip install faster-coco-eval"):
             average_precision([], [], 1)
-    needs_evaluation()
     with pytest.raises(ValueError, match="0 images and truths of 1"):
         average_precision([], truths, 1)
     with pytest.raises(ValueError, match=r"outside 0\.\.0"):

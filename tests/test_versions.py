@@ -13,6 +13,7 @@ lowest = runpy.run_path(str(ROOT / ".ci" / "lowest.py"))["lowest"]
 PART = {
     "absl-py": "test_experiments",
     "chex": "test_hypergradient",
+    "faster-coco-eval": "test_suppression",
     "flax": "test_students",
     "hypothesis": "test_bad_input",
     "importlib_resources": "test_data",
@@ -26,6 +27,7 @@ PART = {
     "pytest": "test_versions",
     "pytest-xdist": "test_versions",
     "rich": "test_progress",
+    "safetensors": "test_pspnet",
     "scikit-learn": "test_data",
     "scipy": "test_compare",
     "tensorboardX": "test_records",
