@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import hsv_to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -320,9 +320,8 @@ def _with_classes(panel: Any) -> np.ndarray:
 
 
 def colour_of(value: int) -> tuple[float, float, float]:
-    """The colour of a class, far from those of its neighbours."""
-    hue = (value * 0.618034) % 1
-    red, green, blue = hsv_to_rgb((hue, 0.85, 0.95 if value % 2 else 0.7))
+    """The colour of a class from 1 on: twenty that can be told apart, then again from the first."""
+    red, green, blue, _ = colormaps["tab20"]((value - 1) % 20)
     return float(red), float(green), float(blue)
 
 

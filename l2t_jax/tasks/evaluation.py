@@ -58,8 +58,9 @@ def measure_all(
         raise ValueError(f"batch_size={batch_size!r} is not a positive integer: give batch_size at least 1.")
     if missing := {"params", "batch_stats"} - set(variables):
         raise ValueError(f"variables have no {sorted(missing)[0]!r}: give both, batch_stats {{}} without BatchNorm.")
-    measure = _measure_read if task.read else _measure_all
-    return measure(student, variables, data, task, batch_size)
+    if task.read:
+        return _measure_read(student, variables, data, task, batch_size)
+    return _measure_all(student, variables, held(student, data), task, batch_size)
 
 
 def _measure_read(student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int) -> PyTree:
@@ -76,7 +77,7 @@ def _measure_read(student: Student, variables: dict[str, PyTree], data: PyTree, 
             block = ahead()
             if begin != begins[-1]:
                 ahead = reader.begin(which(begin + batch_size), None)
-            block = block if constant is None else held(student, block)._replace(backbone=constant)
+            block = block if constant is None else Held(block, constant)
             # A batch of all that was read.
             found.append(jax.device_get(_measure_all(student, variables, block, task, batch_size)))
     finally:
@@ -86,15 +87,14 @@ def _measure_read(student: Student, variables: dict[str, PyTree], data: PyTree, 
 
 @partial(jax.jit, static_argnames=("student", "task", "batch_size"))
 def _measure_all(student: Student, variables: dict[str, PyTree], data: PyTree, task: Task, batch_size: int) -> PyTree:
-    data = data if isinstance(data, Held) or student.backbone is None else held(student, data)
-    n = jax.tree.leaves(data.examples if isinstance(data, Held) else data)[0].shape[0]
+    examples, seeing = data, student
+    if isinstance(data, Held):
+        examples, seeing = data.examples, whole(student, data.backbone)
+    n = jax.tree.leaves(examples)[0].shape[0]
     batch_size = min(batch_size, n)
     steps = -(-n // batch_size)
     positions = jnp.minimum(jnp.arange(steps * batch_size).reshape(steps, batch_size), n - 1)
     measure = task.measure or partial(measure_errors, task)
-    examples, seeing = data, student
-    if isinstance(data, Held):
-        examples, seeing = data.examples, whole(student, data.backbone)
 
     def measured(position: Array) -> PyTree:
         found = measure(seeing, variables, task.gather(examples, position, None))
