@@ -13,6 +13,7 @@ import numpy as np
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -23,6 +24,8 @@ from l2t_jax.types import Array
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+# Of the classes of pixels: matplotlib's twenty and two more in place of its greys, as images under them are grey.
+_CLASSES = tuple(colormaps["tab20"](i) for i in range(20) if i not in (14, 15)) + ("#393b79", "#637939")
 _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
 _FEW = 6  # curves whose legend has room among them
@@ -297,7 +300,9 @@ def panels(
     handles = [Rectangle((0, 0), 1, 1, facecolor=colour_of(value)) for value in sorted(seen)]
     if handles:
         labels = [names[value] for value in sorted(seen)]
-        figure.legend(handles, labels, loc="outside lower center", ncols=6, frameon=False, fontsize="small")
+        figure.legend(
+            handles, labels, loc="outside lower center", ncols=2 * len(columns), frameon=False, fontsize="small"
+        )
     figure.suptitle(title)
     return _write(figure, path)
 
@@ -321,8 +326,8 @@ def _with_classes(panel: Any) -> np.ndarray:
 
 def colour_of(value: int) -> tuple[float, float, float]:
     """The colour of a class from 1 on: twenty that can be told apart, then again from the first."""
-    red, green, blue, _ = colormaps["tab20"]((value - 1) % 20)
-    return float(red), float(green), float(blue)
+    red, green, blue = to_rgb(_CLASSES[(value - 1) % len(_CLASSES)])
+    return red, green, blue
 
 
 def hash_of(word: str) -> int:
