@@ -1,5 +1,6 @@
 """An experiment's command as a user gives it, run in this process; and processes, waited for as long as they get on."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,7 +13,7 @@ import pytest
 from absl.testing import flagsaver
 
 from experiments import _flags
-from l2t_jax.runs.records import write_json
+from l2t_jax.runs.records import Metrics, write_json
 from l2t_jax.types import Metric
 
 # With a memory mode, since auto traces four to choose one.
@@ -35,6 +36,22 @@ def write_record(workdir, name, config, per_seed, rows):
         **{"dataset": config.dataset, "student": config.student, "preset": config.preset, "unroll_length": 25},
     }
     write_json(workdir / "records" / f"{name}.json", record)
+
+
+@contextlib.contextmanager
+def failing_disk(when):
+    """A disk that is full, once the rows of a dispatch are written, where `when` (how many were, the rows) says so."""
+    append, calls = Metrics.append, []
+
+    def failing(self, rows):
+        append(self, rows)
+        calls.append(rows)
+        if when(len(calls), rows):
+            raise OSError("No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Metrics, "append", failing)
+        yield
 
 
 def launch(module, *arguments):

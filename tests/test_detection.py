@@ -16,7 +16,7 @@ import optax
 import pytest
 import toy
 from flax import linen as nn
-from launching import execute, launch
+from launching import execute, failing_disk, launch
 from lines import prepared
 from PIL import Image
 
@@ -28,7 +28,6 @@ from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.runs import reporting, training
-from l2t_jax.runs.records import Metrics
 from l2t_jax.runs.streaming import Stream
 from l2t_jax.students import STUDENTS, from_linen
 from l2t_jax.students.layers import batch_norm
@@ -430,17 +429,8 @@ def test_the_command_as_it_stands(small_lstm, tmp_path):
 
 def test_it_resumes_bit_for_bit(whole, tmp_path):
     """Stopped by a failing disk, between rounds and in the next run, and gone on with."""
-    append, calls = Metrics.append, []
-
-    def failing(self, rows):
-        append(self, rows)
-        calls.append(rows)
-        if len(calls) in (2, 9):
-            raise OSError("No space left on device")
-
     arguments = (*FEW, "--method=l2t_dln", "--checkpoint_seconds=0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "append", failing)
+    with failing_disk(lambda calls, rows: calls in (2, 9)):
         codes = [run(tmp_path / "again", *arguments, *resume) for resume in ((), ("--resume",), ("--resume",))]
     assert codes == [1, 1, 0]
     same_rows(tmp_path / "again", whole)
@@ -457,16 +447,8 @@ def test_dispatches_change_nothing(whole, tmp_path, monkeypatch):
 
 def test_a_run_that_has_ended_beside_one_that_goes_on(whole, tmp_path):
     """The first seed ended before the second failed; then both are taken up side by side."""
-    append = Metrics.append
-
-    def failing(self, rows):
-        append(self, rows)
-        if (rows[-1]["seed"], rows[-1]["round"]) == (1, 1):
-            raise OSError("No space left on device")
-
     arguments = (*FEW, "--method=sum_of_terms", "--checkpoint_seconds=0")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "append", failing)
+    with failing_disk(lambda calls, rows: (rows[-1]["seed"], rows[-1]["round"]) == (1, 1)):
         assert run(tmp_path / "both", *arguments) == 1
     assert run(tmp_path / "both", *arguments, "--resume", "--seeds_at_once=2") == 0
     for key, rows in rows_of(tmp_path / "both").items():

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from launching import execute, launch
+from launching import execute, failing_disk, launch
 
 from experiments import classification, compare, noisy_labels
 from experiments._command import start
@@ -22,7 +22,7 @@ from l2t_jax.data import Dataset
 from l2t_jax.losses import LOSSES, fixed, make_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.meta_weight_net import meta_weight_net
-from l2t_jax.runs.records import Metrics, read_record
+from l2t_jax.runs.records import read_record
 from l2t_jax.students import mlp
 from l2t_jax.tasks import TASKS, TaskSpec
 from l2t_jax.types import Batch, Metric, Read, RoundBatches, Task
@@ -144,16 +144,7 @@ def test_something_was_learned(table):
 def test_it_resumes_bit_for_bit(table, tmp_path):
     """Stopped after every dispatch by a failing disk, and gone on with, it gives what it gives in one piece."""
     arguments = (*FEW, "--students=mlp", "--method=l2t_dln", f"--workdir={tmp_path}/again", "--checkpoint_seconds=0")
-    append, calls = Metrics.append, []
-
-    def failing(self, rows):
-        append(self, rows)
-        calls.append(rows)
-        if len(calls) in (2, 5):
-            raise OSError("No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "append", failing)
+    with failing_disk(lambda calls, rows: calls in (2, 5)):
         assert [launch(compare, *arguments) for _ in range(3)] == [1, 1, 0]
     again = read_record(tmp_path / "again/records/diabetes_mlp_l2t_dln.json")
     whole = records(table)["l2t_dln"]

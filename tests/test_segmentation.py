@@ -13,7 +13,7 @@ import optax
 import pytest
 import toy
 from flax import linen as nn
-from launching import execute, launch
+from launching import execute, failing_disk, launch
 from PIL import Image
 
 from benchmarks.pixels import temporaries_of
@@ -587,17 +587,10 @@ def test_what_a_run_ends_with_can_be_read_and_scored(run):
 
 def test_it_resumes_bit_for_bit(run, tmp_path):
     """Stopped after several dispatches by a failing disk, and gone on with, it ends where it ends in one piece."""
-    workdir, append, calls = tmp_path / "again", Metrics.append, []
+    workdir = tmp_path / "again"
     arguments = (*FEW, "--seeds=1", "--method=l2t_dln", f"--workdir={workdir}")
 
-    def failing(self, rows):
-        append(self, rows)
-        calls.append(rows)
-        if len(calls) in (2, 7):
-            raise OSError("No space left on device")
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Metrics, "append", failing)
+    with failing_disk(lambda calls, rows: calls in (2, 7)):
         assert launch(segmentation, *arguments) == 1
         assert [launch(segmentation, *arguments, "--resume") for _ in range(2)] == [1, 0]
     for name in ("l2t_dln", "l2t_dln_transfer"):

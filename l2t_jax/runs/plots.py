@@ -25,7 +25,7 @@ from l2t_jax.types import Array
 # Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 # Of the classes of pixels: matplotlib's twenty and two more in place of its greys, as images under them are grey.
-_CLASSES = tuple(colormaps["tab20"](i) for i in range(20) if i not in (14, 15)) + ("#393b79", "#637939")
+_CLASSES: tuple[Any, ...] = (*(colormaps["tab20"](i) for i in range(20) if i not in (14, 15)), "#393b79", "#637939")
 _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
 _FEW = 6  # curves whose legend has room among them
