@@ -9,12 +9,10 @@ from typing import Any, NoReturn
 
 from absl import flags
 
-from l2t_jax import inputs
-from l2t_jax.knobs import Knob, knobs_of, read_knob
-from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
+from experiments import _settings
+from l2t_jax.knobs import Knob, knobs_of
 from l2t_jax.memory import MEMORY_MODES
-from l2t_jax.methods import KNOBS, TAUGHT, method_names
-from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
+from l2t_jax.methods import TAUGHT, method_names
 from l2t_jax.methods.parts import SCHEDULES
 from l2t_jax.optimizers import STUDENT_OPTIMIZERS
 from l2t_jax.presets import PRESETS, Preset
@@ -25,18 +23,6 @@ from l2t_jax.tasks import TASKS, TaskSpec, is_path, settings_for
 from l2t_jax.teachers import TEACHERS, shipped
 
 KINDS_OF_LABELS = ("clean", "noisy")  # which tables have
-CHOICES: dict[str, Iterable[str]] = {  # settings that are one of several names
-    "student_optimizer": STUDENT_OPTIMIZERS,
-    "student_schedule": SCHEDULES,
-    "teacher_schedule": SCHEDULES,
-    "second_stage": STAGES,
-    "reset_hidden": RESET,
-    "accept": ACCEPT,
-    "dln_form": INPUTS,
-    "squash": SQUASH,
-    "reduction": REDUCTION,
-    "base": ("none", *(name for name in TEACHERS if name != "lstm")),
-}
 
 
 def _choices(names: Iterable[str]) -> str:
@@ -252,7 +238,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
     of_task = spec()
     if task not in (None, FLAGS.task):
         raise UsageError(f"--task={FLAGS.task} is not what experiments.{experiment} is for: use experiments.compare.")
-    preset = settings_for(of_task, PRESETS[known("preset", FLAGS.preset, PRESETS)])
+    preset = settings_for(of_task, PRESETS[_settings.known("preset", FLAGS.preset, PRESETS)])
     methods = _methods(f"l2t_dln,{of_task.baseline}" if FLAGS.method is None else FLAGS.method)
     if FLAGS.rounds is not None and FLAGS.epochs is not None:
         raise UsageError("--rounds and --epochs both say how long to train: give one of them.")
@@ -272,20 +258,20 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         labels=given_labels(),
         clean=FLAGS.clean,
         class_weight=FLAGS.class_weight,
-        student=known("student", given("student"), STUDENTS),
+        student=_settings.known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(of_task),
         task_knobs=_task_knobs(),
         methods=methods,
         preset=FLAGS.preset,
-        teacher=known("teacher", FLAGS.teacher, TEACHERS),
+        teacher=_settings.known("teacher", FLAGS.teacher, TEACHERS),
         rounds=FLAGS.rounds,
-        memory=known("memory", FLAGS.memory, MEMORY_MODES),
+        memory=_settings.known("memory", FLAGS.memory, MEMORY_MODES),
         seeds=parse_seeds(FLAGS.seeds),
         settings=preset,
         noise=noise,
         held_out=FLAGS.held_out,
     )
-    config = with_settings(config, given_settings())
+    config = _settings.with_settings(config, given_settings())
     time = datetime.datetime.now().strftime("%Y%m%d-%H%M%S")
     options = Options(
         data_dir=FLAGS.data_dir,
@@ -296,7 +282,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         tensorboard=FLAGS.tensorboard,
         seeds_at_once=FLAGS.seeds_at_once,
         devices=FLAGS.devices,
-        shard=known("shard", FLAGS.shard, SHARDS),
+        shard=_settings.known("shard", FLAGS.shard, SHARDS),
         coordinator=FLAGS.coordinator,
         num_processes=FLAGS.num_processes,
         process_id=FLAGS.process_id,
@@ -346,16 +332,10 @@ def _module(path: str) -> str:
 
 def _methods(text: str) -> tuple[str, ...]:
     choices = method_names()
-    names = tuple(known("method", name.strip(), choices) for name in text.split(",") if name.strip())
+    names = tuple(_settings.known("method", name.strip(), choices) for name in text.split(",") if name.strip())
     if not names or len(set(names)) < len(names):
         raise UsageError(f"--method={text!r} must name each method once, at least one: {_choices(choices)}.")
     return names
-
-
-def known(flag: str, name: str, names: Iterable[str]) -> str:
-    """Check a name, and raise a UsageError that lists the known ones where it is not one of them."""
-    inputs.known(f"--{flag}={name}", name, names, UsageError)
-    return name
 
 
 def spec() -> TaskSpec:
@@ -364,7 +344,7 @@ def spec() -> TaskSpec:
     Raises:
       UsageError: there is none of that name.
     """
-    return TASKS[known("task", FLAGS.task, TASKS)]
+    return TASKS[_settings.known("task", FLAGS.task, TASKS)]
 
 
 def given(flag: str) -> str:
@@ -377,7 +357,7 @@ def given(flag: str) -> str:
 def _dataset(name: str, of_task: TaskSpec) -> str:
     if of_task.open is not None and is_path(name, of_task):
         return name
-    return known("dataset", name, of_task.datasets)
+    return _settings.known("dataset", name, of_task.datasets)
 
 
 def given_labels() -> str | None:
@@ -417,107 +397,10 @@ def given_settings() -> dict[str, Any]:
     """
     names = [field.name for field in dataclasses.fields(Preset)]
     by_flag = {name: FLAGS[name].value for name in names if name in FLAGS and FLAGS[name].value is not None}
-    by_name = parse_settings("set", FLAGS.set)
+    by_name = _settings.parse_settings("set", FLAGS.set)
     for name in by_flag.keys() & by_name.keys():
         raise UsageError(f"--{name} and --set={name}=... say the same thing: give one of them.")
     return by_flag | by_name
-
-
-def parse_settings(flag: str, text: str) -> dict[str, Any]:
-    """Read `NAME=VALUE,NAME.KNOB=VALUE`: fields of a `Preset`, and knobs of losses and methods.
-
-    Raises:
-      UsageError: a name is unknown or given twice, or a value is not of its kind.
-    """
-    fields = [field.name for field in dataclasses.fields(Preset)]
-    found: dict[str, Any] = {}
-    for part in filter(None, (part.strip() for part in text.split(","))):
-        name, equals, value = part.partition("=")
-        if not equals or name in found:
-            raise UsageError(f"--{flag}: {part!r} must be NAME=VALUE, each name once: e.g. odd=true.")
-        if "." in name:
-            found[name] = _parse_knob(flag, name, value)
-        else:
-            found[name] = parse_value(flag, known(flag, name, fields), value)
-    return found
-
-
-def with_settings(config: Config, given: dict[str, Any]) -> Config:
-    """A config with other settings and knobs, of `parse_settings`.
-
-    Raises:
-      UsageError: a value is out of range, or a knob is of a method that is not run.
-    """
-    knobs = {name: value for name, value in given.items() if "." in name}
-    for name in knobs:
-        if (of := name.partition(".")[0]) in STUDENT_OPTIMIZERS:
-            if of != given.get("student_optimizer", config.settings.student_optimizer):
-                raise UsageError(f"--set={name}=... is of {of}: add --student_optimizer={of}.")
-        elif of not in config.methods:
-            raise UsageError(f"--set={name}=... is of {of}, which --method does not name: add it there.")
-    rows = {name: value for name, value in given.items() if "." not in name}
-    settings = checked(dataclasses.replace(config.settings, **rows))
-    return dataclasses.replace(config, settings=settings, knobs=config.knobs | knobs)
-
-
-def _parse_knob(flag: str, name: str, text: str) -> Any:
-    """Read the value of a knob of a loss or a method, NAME.KNOB."""
-    of, _, knob = name.partition(".")
-    builders = {name: build for name, build in {**STUDENT_OPTIMIZERS, **KNOBS}.items() if knobs_of(build)}
-    has = knobs_of(builders[known(flag, of, builders)])
-    known(f"{flag}={of}", knob, has)
-    try:
-        return read_knob(has[knob], text)
-    except ValueError as error:
-        raise UsageError(f"--{flag}: {name}={text} {error}.") from None
-
-
-def parse_value(flag: str, name: str, text: str) -> Any:
-    """Read the value of a field of `Preset`, by the kind of its default."""
-    default: Any = getattr(Preset(), name)
-    words: dict[str, Any] = {"true": True, "false": False} if isinstance(default, bool) else {}
-    words |= {"none": None} if name == "preprocess" else {}
-    if text.lower() in words:
-        return words[text.lower()]
-    try:
-        if words and isinstance(default, bool):
-            raise ValueError
-        return type(default)(text)
-    except ValueError:
-        kind = {bool: "true or false", int: "a whole number", float: "a number"}[type(default)]
-        raise UsageError(f"--{flag}: {name}={text} must be {kind}.") from None
-
-
-def checked(settings: Preset) -> Preset:
-    """Settings whose values are all in range.
-
-    Raises:
-      UsageError: one is not.
-    """
-    for name, names in CHOICES.items():
-        known(name if name in FLAGS else f"set={name}", getattr(settings, name), names)
-    if settings.update_sign not in (-1, 1):
-        raise UsageError(f"--set: update_sign={settings.update_sign} must be 1 or -1.")
-    for name in ("epochs", "unroll_length", "batch_size", "validation_batch_size"):
-        if getattr(settings, name) < 1:
-            raise UsageError(f"--{name}={getattr(settings, name)} must be at least 1.")
-    if not 0 <= settings.student_clip < float("inf"):
-        raise UsageError(f"--set: student_clip={settings.student_clip} must be a norm, or 0 for none.")
-    if not 0 <= settings.compress < float("inf"):
-        raise UsageError(f"--set: compress={settings.compress} must be a positive number, or 0 for none.")
-    if settings.preprocess is not None and not 0 < settings.preprocess < float("inf"):
-        raise UsageError(f"--set: preprocess={settings.preprocess} must be a positive number, or none.")
-    if settings.window < 0:
-        raise UsageError(f"--set: window={settings.window} must be a number of rounds, or 0 to clear no memory.")
-    if settings.lives < 1:
-        raise UsageError(f"--set: lives={settings.lives} must be at least 1.")
-    if not 0 < settings.validation_ratio < 1:
-        raise UsageError(f"--validation_ratio={settings.validation_ratio} must lie between 0 and 1, both excluded.")
-    for name in ("student_lr", "dln_lr", "teacher_lr"):
-        value: Any = getattr(settings, name)
-        if not 0 < value < float("inf"):
-            raise UsageError(f"--{name}={value} must be a positive, finite number.")
-    return settings
 
 
 def set_defaults(**defaults: Any) -> None:

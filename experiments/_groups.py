@@ -5,7 +5,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _flags
+from experiments import _flags, _settings
 from experiments._command import refuse
 from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.students import STUDENTS
@@ -41,7 +41,7 @@ def groups(config: Config) -> list[Config]:
 
 def _names(flag: str, known: Any) -> list[str]:
     text = str(_flags.spec().defaults["dataset"] if FLAGS[flag].value is None else FLAGS[flag].value)
-    names = [_flags.known(flag, name.strip(), known) for name in text.split(",") if name.strip()]
+    names = [_settings.known(flag, name.strip(), known) for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise UsageError(f"--{flag}={text!r} must name each once, at least one.")
     return names

@@ -2,7 +2,8 @@
 
 from absl import flags
 
-from experiments._flags import KINDS_OF_LABELS, given, known, spec
+from experiments._flags import KINDS_OF_LABELS, given, spec
+from experiments._settings import known
 from l2t_jax.data.noise import NOISES
 from l2t_jax.runs.config import Noise, UsageError
 from l2t_jax.runs.setting import FEW, META

@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from absl import flags
 
-from experiments._flags import known
+from experiments._settings import known
 from l2t_jax.runs.config import UsageError
 
 flags.DEFINE_string("table", None, "Which table; the text above names them.")

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 from absl import flags
 
-from experiments import _flags, _labels, _noise, _table_flag
+from experiments import _flags, _labels, _noise, _settings, _table_flag
 from experiments._command import command, refuse, start
 from l2t_jax.runs import plots, tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
@@ -127,8 +127,8 @@ def varied(config: Config, ablation: Ablation, equal: str, value: Any) -> Config
     assert config.rounds is not None
     given = {ablation.setting: value}
     if ablation.setting == "option":
-        given = {} if value == AS_IT_IS else _flags.parse_settings("table", value)
-    other = _flags.with_settings(config, given)
+        given = {} if value == AS_IT_IS else _settings.parse_settings("table", value)
+    other = _settings.with_settings(config, given)
     steps = config.rounds * config.settings.unroll_length
     rounds = config.rounds if equal == "rounds" else max(1, round(steps / other.settings.unroll_length))
     return dataclasses.replace(other, rounds=rounds)

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from absl import flags
 
-from experiments import _flags, _labels, _noise
+from experiments import _flags, _labels, _noise, _settings
 from experiments._command import command, refuse, start
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import cells
@@ -48,7 +48,7 @@ def _prepare() -> Noise | None:
 
 def study(config: Config, options: Options) -> int:
     """Train with every preset, measured, then draw what was seen."""
-    names = [_flags.known("presets", name.strip(), PRESETS) for name in FLAGS.presets.split(",") if name.strip()]
+    names = [_settings.known("presets", name.strip(), PRESETS) for name in FLAGS.presets.split(",") if name.strip()]
     dataset = cells.loader(config, options)(config.dataset)
     root, code, rows = Path(options.workdir), 0, []
     for name in names:
@@ -65,7 +65,7 @@ def study(config: Config, options: Options) -> int:
 def _with_preset(config: Config, name: str) -> Config:
     """The config with another preset, and what flags say beyond it."""
     column = settings_for(TASKS[config.task], PRESETS[name])
-    return _flags.with_settings(dataclasses.replace(config, preset=name, settings=column), _flags.given_settings())
+    return _settings.with_settings(dataclasses.replace(config, preset=name, settings=column), _flags.given_settings())
 
 
 def _instruments(setting: Setting, entry: Entry) -> Instruments:

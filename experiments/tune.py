@@ -17,7 +17,7 @@ from typing import Any
 
 from absl import flags
 
-from experiments import _flags, _labels, _noise
+from experiments import _flags, _labels, _noise, _settings
 from experiments._command import command, start
 from l2t_jax.presets import Preset
 from l2t_jax.runs import tables
@@ -60,7 +60,7 @@ def parse_grid(text: str) -> Grid:
         name, equals, values = part.partition("=")
         if not equals or name in axes:
             raise UsageError(f"--grid: {part!r} must be NAME=VALUE,VALUE, each name once, with ; between names.")
-        found = [_flags.parse_settings("grid", f"{name}={value}") for value in values.split(",")]
+        found = [_settings.parse_settings("grid", f"{name}={value}") for value in values.split(",")]
         axes[name] = [settings[name] for settings in found]
     return [dict(zip(axes, values, strict=True)) for values in itertools.product(*axes.values())]
 
@@ -71,7 +71,7 @@ def cells(config: Config, grid: Grid) -> list[Cell]:
     for method, given in itertools.product(config.methods, grid):
         values = [f"{name}={written(value)}" for name, value in given.items()]
         name, label = cell_name(where, config.teacher, method, *values), ", ".join(values) or "as it is"
-        cell = _flags.with_settings(dataclasses.replace(config, methods=(method,)), given)
+        cell = _settings.with_settings(dataclasses.replace(config, methods=(method,)), given)
         found.append(Cell(name, f"{where}, {label}", cell))
     return found
 

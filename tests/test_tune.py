@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from launching import SMALL, launch
 
-from experiments import _flags, ablations, tune
+from experiments import _settings, ablations, tune
 from l2t_jax.data import hold_out
 from l2t_jax.losses.dln import dln
 from l2t_jax.methods.parts import build_teacher_optimizer, dln_arguments
@@ -74,12 +74,12 @@ def test_what_cannot_be_tuned_is_one_line(arguments, message, tmp_path, capsys):
 
 
 def test_settings_by_name():
-    found = _flags.parse_settings("set", "odd=true, preprocess=none,unroll_length=7,student_lr=1e-3,squash=softmax")
+    found = _settings.parse_settings("set", "odd=true, preprocess=none,unroll_length=7,student_lr=1e-3,squash=softmax")
     expected = {"odd": True, "preprocess": None, "unroll_length": 7, "student_lr": 1e-3, "squash": "softmax"}
     assert found == expected and type(found["unroll_length"]) is int
     for text in ("odd=yes", "unroll_length=2.5", "preprocess=x", "odd", "odd=true,odd=false", "even=true"):
         with pytest.raises(UsageError, match="--set"):
-            _flags.parse_settings("set", text)
+            _settings.parse_settings("set", text)
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +126,7 @@ def test_an_option_is_changed_alone():
     assert cells[0] == config
     for value, cell in zip(options.values[1:], cells[1:], strict=True):
         name, _, text = value.partition("=")
-        settings = dataclasses.replace(config.settings, **{name: _flags.parse_value("set", name, text)})
+        settings = dataclasses.replace(config.settings, **{name: _settings.parse_value("set", name, text)})
         assert settings != config.settings and cell == dataclasses.replace(config, settings=settings)
 
 
