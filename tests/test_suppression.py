@@ -18,7 +18,6 @@ from l2t_jax.tasks.boxes import (
     decode,
     iou,
     letterbox,
-    letterbox_boxes,
     placed,
     suppress,
     unletterbox,
@@ -177,12 +176,13 @@ def test_an_image_of_the_right_size_stays() -> None:
 def test_boxes_move_with_their_image(height: int, width: int) -> None:
     whole = np.array([0, 0, width, height], float)
     place = placed(height, width, 416)
-    x, y, w, h = letterbox_boxes(whole, height, width, 416) * 416
-    np.testing.assert_allclose([x - w / 2, y - h / 2, w, h], [place.left, place.top, place.width, place.height])
-    low = np.random.default_rng(0).random((5, 2)) * [width, height] / 2
-    boxes = np.concatenate([low, low + np.array([width, height]) / 3], -1)
-    back = unletterbox(letterbox_boxes(boxes, height, width, 416), height, width, 416)
-    np.testing.assert_allclose(back, boxes, atol=1e-9)
+    corner, extent = np.array([place.left, place.top]), np.array([place.width, place.height])
+    image = np.concatenate([corner + extent / 2, extent]) / 416  # all of it, in parts of the square
+    np.testing.assert_allclose(unletterbox(image, height, width, 416), whole, atol=1e-9)
+    low = np.random.default_rng(0).random((5, 2)) / 2  # of boxes a third as large as the image, in parts of it
+    boxes = np.concatenate([corner + (low + 1 / 6) * extent, np.tile(extent / 3, (5, 1))], -1) / 416
+    expected = np.concatenate([low, low + 1 / 3], -1) * [width, height, width, height]
+    np.testing.assert_allclose(unletterbox(boxes, height, width, 416), expected, atol=1e-9)
     outside = unletterbox(np.array([[0.5, 0.5, 3, 3]]), height, width, 416)
     np.testing.assert_allclose(outside[0], whole)
 

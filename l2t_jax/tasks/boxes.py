@@ -226,25 +226,8 @@ def _resized(image: np.ndarray, length: int, axis: int) -> np.ndarray:
     return (1 - part) * before + part * after
 
 
-def letterbox_boxes(boxes: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
-    """Move boxes with their image: from its pixels to parts of the square.
-
-    Args:
-      boxes: [..., 4] left, top, right, bottom, in pixels of the image.
-      height, width: of the image.
-      size: of the square.
-    Returns:
-      [..., 4] x, y, w, h relative to the square.
-    """
-    place = placed(height, width, size)
-    boxes = np.asarray(boxes)
-    low, high = boxes[..., :2], boxes[..., 2:]
-    scale, shift = _fit(place, height, width)
-    return np.concatenate([(low + high) / 2 * scale + shift, (high - low) * scale], -1) / size
-
-
 def unletterbox(boxes: np.ndarray, height: int, width: int, size: int) -> np.ndarray:
-    """Move boxes back to their image, the reverse of `letterbox_boxes`, and cut them at its borders.
+    """Move boxes from a `letterbox` back to its image, and cut them at the image's borders.
 
     Args:
       boxes: [..., 4] x, y, w, h relative to the square.
@@ -253,14 +236,12 @@ def unletterbox(boxes: np.ndarray, height: int, width: int, size: int) -> np.nda
     Returns:
       [..., 4] left, top, right, bottom, in pixels of the image.
     """
-    scale, shift = _fit(placed(height, width, size), height, width)
+    place = placed(height, width, size)
+    scale = np.array([place.width / width, place.height / height])
+    shift = np.array([place.left, place.top])
     boxes = np.asarray(boxes) * size
     centre, half = (boxes[..., :2] - shift) / scale, boxes[..., 2:] / scale / 2
     return np.concatenate([centre - half, centre + half], -1).clip(0, [width, height, width, height])
-
-
-def _fit(place: Placed, height: int, width: int) -> tuple[np.ndarray, np.ndarray]:
-    return np.array([place.width / width, place.height / height]), np.array([place.left, place.top])
 
 
 # What COCO reports, in its order.
