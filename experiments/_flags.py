@@ -2,6 +2,7 @@
 
 import dataclasses
 import datetime
+import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -84,6 +85,13 @@ flags.DEFINE_string(
     None,
     "balanced: the examples of each class count as much as those of any other; or a number for each class, comma "
     "separated. Default: all examples count alike.",
+)
+flags.DEFINE_float(
+    "imbalance",
+    1.0,
+    "Makes classes rare: the first has so many training examples for each of the last, those between fall off "
+    "exponentially (a long tail). The test set, what is held out and the clean examples stay as they are.",
+    lower_bound=1.0,
 )
 flags.DEFINE_string(
     "clean",
@@ -248,6 +256,8 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
     if not 0 <= FLAGS.held_out <= 0.9:  # absl lets nan through
         raise UsageError(f"--held_out={FLAGS.held_out} must lie between 0 and 0.9.")
+    if not 1 <= FLAGS.imbalance < math.inf:
+        raise UsageError(f"--imbalance={FLAGS.imbalance} must be a number of at least 1.")
     if not FLAGS.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
     if FLAGS.labels == "noisy" and noise is None:
@@ -258,6 +268,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         labels=given_labels(),
         clean=FLAGS.clean,
         class_weight=FLAGS.class_weight,
+        imbalance=FLAGS.imbalance,
         student=_settings.known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(of_task),
         task_knobs=_task_knobs(),

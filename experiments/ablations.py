@@ -23,7 +23,7 @@ from experiments._command import command, refuse, start
 from l2t_jax.runs import plots, tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import headline, points
+from l2t_jax.runs.reporting import headline, name_of, points
 from l2t_jax.runs.setting import build_plan
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, baseline_of, words, written
 
@@ -186,7 +186,7 @@ def _seconds(row: Row) -> str:
 def _what(ablation: Ablation, record: Record) -> str:
     """What all cells share."""
     teacher = "" if ablation.setting == "teacher" else f", teacher {record['config']['teacher']}"
-    return f"{tables.name_of(record)}, preset {record['preset']}{teacher}"
+    return f"{name_of(record)}, preset {record['preset']}{teacher}"
 
 
 def draw(path: Path, ablation: Ablation, equal: str, found: Found) -> None:

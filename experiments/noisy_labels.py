@@ -5,6 +5,7 @@ With no flags: L2T-DLN and cross entropy on the UCI digits with 40 % wrong label
   python -m experiments.noisy_labels
   python -m experiments.noisy_labels --method=l2t_dln,meta_weight_net,l2rw,mentornet,generalized_cross_entropy
   python -m experiments.noisy_labels --noise=uniform --noise_ratio=0.6 --meta=0 --rounds=200
+  python -m experiments.noisy_labels --noise_ratio=0 --imbalance=100
   python -m experiments.noisy_labels --dataset=cifar10 --data_dir=DIR --student=resnet32 --noise_ratio=0.2
 
 The clean examples measure the validation error of the methods that have one; nothing is trained on them otherwise. An

@@ -23,6 +23,7 @@ from experiments._command import command, refuse, start
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, words
 
 FLAGS = flags.FLAGS
@@ -130,7 +131,7 @@ def section(labels: str, found: dict[str, Row]) -> Section:
     ]
     compared = [row._replace(compared=(ours.score,)) for row in found.values()]
     after = [f"- {'held' if held else '**missed**'}: {what}" for what, held in promises(labels, found)]
-    return Section(columns, compared, tables.name_of(ours.record), after="\n".join(after))
+    return Section(columns, compared, name_of(ours.record), after="\n".join(after))
 
 
 def rows(group: list[Cell], records: dict[str, Record]) -> dict[str, Row]:

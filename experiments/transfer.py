@@ -20,6 +20,7 @@ from experiments._command import command, refuse, start
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.reporting import name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, baseline_of, words
 from l2t_jax.tasks import TASKS
 
@@ -108,7 +109,7 @@ def section(group: Cells, records: dict[str, Record]) -> Section:
         tables.STEPS,
     ]
     compared = rows[baseline].score, rows[HERE].score
-    return Section(columns, [row._replace(compared=compared) for row in rows.values()], tables.name_of(record))
+    return Section(columns, [row._replace(compared=compared) for row in rows.values()], name_of(record))
 
 
 main = command("transfer", fill, _prepare)

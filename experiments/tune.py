@@ -23,7 +23,7 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, complete, group_of, loader, records_in, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import headline
+from l2t_jax.runs.reporting import headline, name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME.KNOB=VALUE,...: as --set, all combinations.")
@@ -81,7 +81,7 @@ def table(records: list[Record]) -> Table:
     names = dict.fromkeys(name for record in records for name in _values(record))  # in order, each once
     differing = [name for name in names if len({str(_values(record).get(name)) for record in records}) > 1]
     columns = [
-        Column("data", lambda row: tables.name_of(row.record)),
+        Column("data", lambda row: name_of(row.record)),
         Column("method", lambda row: row.name),
         *map(_column, differing),
         tables.scores(headline(records[0])),

@@ -235,7 +235,7 @@ def check_like(expected: PyTree, given: PyTree, what: str, like: str) -> None:
 def run_now(function: Callable[..., PyTree], *arguments: PyTree) -> PyTree:
     """Compile and run a function of known values at once, also in the middle of a trace."""
     # As it runs once, it is not worth the time of optimising it.
-    compiled = jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": 0})
+    compiled = jax.jit(function).lower(*arguments).compile({"xla_backend_optimization_level": "0"})
     with jax.ensure_compile_time_eval():
         return jax.device_get(compiled(*arguments))
 

@@ -69,6 +69,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "dataset": NO_NAME,
     "labels": ("none.npy", "noisy", f"{__file__}", " "),
     "class_weight": ("x", "1,2", "0,0,0,0,0,0,0,0,0,0", "-1,1,1,1,1,1,1,1,1,1", "nan,1,1,1,1,1,1,1,1,1", " "),
+    "imbalance": ("0", "0.5", "-1", "nan", "inf", "x"),
     "clean": ("none.npy", f"{__file__}", " "),
     "data_dir": ("/nowhere --dataset=mnist",),
     "download": NO_SWITCH,

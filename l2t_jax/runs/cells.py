@@ -83,7 +83,8 @@ def group_of(config: Config) -> str:
     """A short name of what the cells of one part of the table share."""
     noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
     given = "" if config.labels is None else Path(config.labels.replace(":", "_")).stem
-    return cell_name(Path(config.dataset).stem, config.student + noise, given)
+    tail = "" if config.imbalance == 1 else f"imbalance{config.imbalance:g}"
+    return cell_name(Path(config.dataset).stem, config.student + noise, given, tail)
 
 
 def cell_name(*parts: object) -> str:

@@ -14,6 +14,7 @@ class Group(NamedTuple):
     dataset: str
     student: str
     noise: str = ""  # e.g. "flip2 40"
+    imbalance: float = 1.0  # of the first class to the last
 
 
 def _column(dataset: str, student: str, noise: str = "", /, **accuracies: float) -> dict[tuple[Group, str], float]:

@@ -266,11 +266,7 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
 
 def _print(summary: dict[str, Any], workdir: str) -> None:
     seeds = ", ".join(map(str, summary["seeds"]))
-    noise = summary["config"]["noise"]
-    labels = "" if noise is None else f", {noise['kind']} {100 * noise['ratio']:g} %"
-    table = Table(
-        title=f"{summary['dataset']}, {summary['student']}{labels}, preset {summary['preset']}, seeds {seeds}"
-    )
+    table = Table(title=f"{name_of(summary)}, preset {summary['preset']}, seeds {seeds}")
     for column in ("method", headline(summary), "student steps", "wall time, s"):
         table.add_column(column, justify="left" if column == "method" else "right")
     for name, method in summary["methods"].items():
@@ -292,6 +288,19 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
         highlight=False,
         soft_wrap=True,
     )
+
+
+def name_of(record: dict[str, Any]) -> str:
+    """What a record was measured on, `digits, mlp, flip2 40 %, long tail of 100`."""
+    noise, tail = noise_of(record["config"]), record["config"].get("imbalance", 1.0)  # older records lack it
+    told = [record["dataset"], record["student"], f"{noise} %" if noise else "", f"long tail of {tail:g}"]
+    return ", ".join(filter(None, told if tail != 1 else told[:-1]))
+
+
+def noise_of(config: dict[str, Any]) -> str:
+    """Which labels are wrong, `flip2 40`, or "" where none is."""
+    noise = config["noise"]
+    return f"{noise['kind']} {100 * noise['ratio']:g}" if noise and noise["ratio"] else ""
 
 
 def headline(record: dict[str, Any], unit: str = ", ") -> str:

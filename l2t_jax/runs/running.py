@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
+import numpy as np
 
 from l2t_jax.data.noise import wrong_share
 from l2t_jax.methods import TAUGHT
@@ -120,6 +121,7 @@ def train_entries(
         "meta": setting.dataset.meta,
         "wrong_labels": wrong_share(setting.dataset),
         **_counts(setting),
+        **_of_classes(setting),
         "taught_by": {
             f"{name}, seed {seed}": trained_teachers.digest(options.teacher_from or "", name, seed)
             for name, seed in taught
@@ -134,12 +136,23 @@ def train_entries(
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         for part, counts in _counts(setting).get("counts", {}).items():
             progress.line(f"{part}: {', '.join(f'{count} {why}' for why, count in counts.items())}".replace("_", " "))
+        for classes in _of_classes(setting).values():
+            progress.line(f"training examples of each class: {', '.join(map(str, classes))}")
         for entry in entries:
             watched = instruments(setting, entry) if directory is not None else None
             outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
     if directory is None:
         return outcomes, {}
     return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet)
+
+
+def _of_classes(setting: Setting) -> dict[str, list[int]]:
+    """How many training examples each class has, the clean ones not counted, where they were made rare."""
+    if setting.config.imbalance == 1:
+        return {}
+    dataset = setting.dataset
+    labels = dataset.train.get("true", dataset.train["labels"])[: dataset.examples - dataset.meta]
+    return {"examples_of_class": np.bincount(labels, minlength=dataset.info.num_classes).tolist()}
 
 
 def _counts(setting: Setting) -> dict[str, dict[str, dict[str, int]]]:

@@ -15,6 +15,7 @@ import optax
 
 from l2t_jax.data import DataError, Dataset, at, hold_out, require
 from l2t_jax.data.files import in_a_line, read_clean, read_labels
+from l2t_jax.data.imbalance import with_imbalance
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Plan
 from l2t_jax.knobs import knobs_for, knobs_of
@@ -232,6 +233,8 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
 def prepare(config: Config, options: Options) -> Dataset:
     """Load a config's data set, put other labels and a clean part in place, hold a part out, make labels wrong.
 
+    Then classes are made rare, of what is trained on: what is held out and what is clean keep their shares.
+
     Raises:
       DataError: it is not there, or cannot be divided or corrupted as asked.
     """
@@ -253,6 +256,11 @@ def prepare(config: Config, options: Options) -> Dataset:
         default = META if dataset.examples >= FEW else META // 10
         meta = default if noise.meta is None else noise.meta
         dataset = with_noise(dataset, noise.kind, noise.ratio, meta, noise.seed)
+    if config.imbalance != 1:
+        try:
+            dataset = with_imbalance(dataset, config.imbalance, 0 if noise is None else noise.seed)
+        except DataError as error:
+            raise DataError(f"--imbalance={config.imbalance:g}: {error}") from error
     if config.class_weight is not None:
         require(labelled, f"{dataset.name}: class weights are of classes of examples, and this data set has none.")
         dataset = with_class_weight(dataset, config.class_weight)

@@ -12,7 +12,7 @@ from scipy import stats
 
 from l2t_jax.runs import plots
 from l2t_jax.runs.published import Group
-from l2t_jax.runs.reporting import decimals, headline, points, result, shown
+from l2t_jax.runs.reporting import decimals, headline, noise_of, points, result, shown
 
 LEVEL = 0.05
 
@@ -232,14 +232,6 @@ def worth(record: Record) -> float:
 
 
 def group_of_record(record: Record) -> Group:
-    """What a record was measured on."""
-    noise = record["config"]["noise"]
-    return Group(
-        record["dataset"], record["student"], "" if noise is None else f"{noise['kind']} {100 * noise['ratio']:g}"
-    )
-
-
-def name_of(record: Record) -> str:
-    """The same for readers."""
-    group = group_of_record(record)
-    return ", ".join([group.dataset, group.student] + ([f"{group.noise} %"] if group.noise else []))
+    """What a record was measured on; `reporting.name_of` is the same for readers."""
+    config = record["config"]
+    return Group(record["dataset"], record["student"], noise_of(config), config.get("imbalance", 1.0))

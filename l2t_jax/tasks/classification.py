@@ -4,7 +4,8 @@ Legend: B batch, C classes, n examples, H and W height and width in pixels, c ch
 """
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import numpy as np
 from l2t_jax.data import DataError, Dataset, read_tfds, require
 from l2t_jax.losses import check_classes
 from l2t_jax.losses.cross_entropy import cross_entropy
+from l2t_jax.tasks.evaluation import measure_errors
 from l2t_jax.tasks.spec import TaskSpec
-from l2t_jax.types import Array, Batch, Key, PyTree, Task
+from l2t_jax.types import Array, Batch, Key, PyTree, Student, Task, means
 
 _PADDING = 4  # pixels on each side before the random crop
 
@@ -60,7 +62,24 @@ def classification(dataset: Dataset) -> Task:
         true, weight = (data[leaf][indices] if leaf in data else () for leaf in ("true", "weight"))
         return Batch((inputs.astype(jnp.float32) - mean) / std, data["labels"][indices], weight=weight, true=true)
 
-    return Task(cross_entropy, _metrics, gather, outputs=info.num_classes, draws=info.augment)
+    task = Task(cross_entropy, _metrics, gather, outputs=info.num_classes, draws=info.augment)
+
+    def measure(student: Student, variables: dict[str, PyTree], batch: Batch) -> PyTree:
+        return {**measure_errors(task, student, variables, batch), "class": batch.targets}
+
+    names = [str(name) for name in info.names or range(info.num_classes)]
+    return task._replace(measure=measure, score=partial(_score, names))
+
+
+def _score(names: Sequence[str], measured: PyTree) -> dict[str, float]:
+    """Means over the examples; and the accuracy of each class that occurs, and the mean of these."""
+    right, classes = np.asarray(measured["accuracy"], np.float64), np.asarray(measured["class"])
+    of_class = {name: float(right[classes == i].mean()) for i, name in enumerate(names) if (classes == i).any()}
+    return {
+        **means({name: value for name, value in measured.items() if name != "class"}),
+        "balanced accuracy": float(np.mean(list(of_class.values()))),
+        **{f"accuracy of {name}": value for name, value in of_class.items()},
+    }
 
 
 def _metrics(outputs: Array, targets: Array) -> dict[str, Array]:
