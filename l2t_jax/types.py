@@ -86,6 +86,11 @@ class Backbone:
     apply: Callable[[PyTree, PyTree], PyTree]
 
 
+def as_it_is(gradient: PyTree) -> PyTree:
+    """The descent of a loss whose parameters all descend."""
+    return gradient
+
+
 def unscheduled(params: PyTree, progress: Array) -> PyTree:
     """The schedule of a loss that has none."""
     return params
@@ -102,6 +107,8 @@ class Loss(NamedTuple):
     learned: Literal["no", "student", "teacher"] = (
         "teacher"  # params: fixed, trained beside the student, or by a teacher
     )
+    # of params trained beside the student: their gradient -> what the optimizer is given, e.g. turned round to ascend
+    descent: Callable[[PyTree], PyTree] = as_it_is
 
 
 class Student(NamedTuple):

@@ -1,4 +1,4 @@
-"""Meta-Weight-Net and L2RW: weights that come from a clean batch, against the same round written by hand."""
+"""Meta-Weight-Net, deep interactions and L2RW: weights from a clean batch, against the same round written by hand."""
 
 from functools import partial
 
@@ -13,17 +13,37 @@ from jax.flatten_util import ravel_pytree
 
 from l2t_jax.losses.weight_net import weight_net
 from l2t_jax.methods.common import merge_rounds
+from l2t_jax.methods.deep_interactions import deep_interactions, deep_weight, weight_of
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.students import from_linen
-from l2t_jax.types import Batch, RoundBatches, Student
+from l2t_jax.types import Batch, Head, RoundBatches, Student
 
 ETA, UNITS, DECAY = 0.5, 5, 0.01
 SGD = optax.sgd(ETA)
 METHODS = {
     "l2rw": partial(l2rw, memory="save"),
     "meta_weight_net": partial(meta_weight_net, units=UNITS, weight_decay=DECAY, memory="save"),
+    "deep_interactions": partial(deep_interactions, num_classes=toy.CLASSES, units=UNITS, memory="save"),
 }
+
+
+def weights_by_loss(phi, losses, features, targets):
+    """V(l) of Meta-Weight-Net."""
+    return (
+        weight_net(units=UNITS).apply(phi, jnp.stack([0 * losses, jnp.log(jnp.expm1(losses))], 1), 0 * targets) / losses
+    )
+
+
+def weights_by_features(phi, losses, features, targets):
+    """w(f, y) of deep interactions."""
+    seen = features / jnp.sqrt(jnp.mean(features**2, 1, keepdims=True))
+    hidden = jnp.maximum(seen @ phi["hidden"].kernel + phi["hidden"].bias + phi["label"][targets], 0)
+    return 2 / (1 + jnp.exp(-(hidden @ phi["output"].kernel + phi["output"].bias)[:, 0]))
+
+
+# How examples are weighed, and the decay of what weighs them.
+WEIGHED = {"meta_weight_net": (weights_by_loss, DECAY), "deep_interactions": (weights_by_features, 0)}
 
 
 def rounds_of(rounds=1, examples=6):
@@ -98,19 +118,21 @@ def test_l2rw_stands_still_where_no_example_helps():
     assert all(jax.tree.leaves(metrics["finite"]))
 
 
-def test_meta_weight_net_round_by_hand(x64):
-    method, state = build("meta_weight_net")
+@pytest.mark.parametrize("name", WEIGHED)
+def test_a_round_of_learned_weights_by_hand(name, x64):
+    weigh, decay = WEIGHED[name]
+    method, state = build(name)
     b = rounds_of()
     after, metrics = jax.jit(method.round)(state, b)
-    flat, unravel, batch, losses, logits, stats, gradients, error = by_hand(state, b)
-    loss = weight_net(units=UNITS)
+    flat, unravel, batch, losses, _, stats, gradients, error = by_hand(state, b)
+    features = toy.student.head(state.student.variables, batch.inputs, True)[0].features
 
     def step(phi):
-        weights = loss.apply(phi, logits, batch.targets) / losses  # V(l), a number to the student
+        weights = weigh(phi, losses, features, batch.targets)  # numbers to the student
         return flat - ETA * jnp.mean(weights[:, None] * gradients, axis=0)
 
     decayed = jax.tree.map(lambda m: m / 0.1, optax.tree.get(after.carried, "mu"))  # Adam's first moment, b1 = 0.9
-    d = jax.tree.map(lambda g, p: g - DECAY * p, decayed, state.loss)
+    d = jax.tree.map(lambda g, p: g - decay * p, decayed, state.loss)
     direction = toy.to_x64(optax.tree.random_like(jax.random.key(3), state.loss))
     virtual = lambda h: error(step(optax.tree.add_scale(state.loss, h, direction)))  # noqa: E731
     difference = (virtual(1e-5) - virtual(-1e-5)) / 2e-5
@@ -167,6 +189,31 @@ def test_nothing_changes_its_dtype(name, double):
         cast = lambda x: x.astype(float) if jnp.issubdtype(x.dtype, jnp.floating) else x  # noqa: E731
         state = jax.eval_shape(lambda tree: jax.tree.map(cast, tree), state)
         chex.assert_trees_all_equal_shapes_and_dtypes(jax.eval_shape(method.round, state, b)[0], state)
+
+
+def test_weights_of_features_have_no_scale_and_no_nan():
+    """Features as large as they like weigh the same, and a student without an active feature has a derivative."""
+    loss = deep_weight(num_classes=3, features=4, units=UNITS)
+    phi, features, targets = (
+        loss.init(jax.random.key(0)),
+        jax.random.normal(jax.random.key(1), (6, 4)),
+        jnp.arange(6) % 3,
+    )
+    weights = weight_of(phi, features, targets)
+    assert jnp.all((weights > 0) & (weights < 2)) and jnp.ptp(weights) > 0.01
+    np.testing.assert_allclose(weight_of(phi, 1e3 * features, targets), weights, rtol=1e-5)
+    assert jnp.max(jnp.abs(weight_of(phi, features, (targets + 1) % 3) - weights)) > 0.01
+    dead = Head(jnp.zeros((6, 4)), jnp.ones((4, 3)), jnp.zeros(3))
+    slopes = jax.grad(lambda phi, dead: jnp.sum(loss.apply(phi, dead, targets)), argnums=(0, 1))(phi, dead)
+    chex.assert_tree_all_finite(slopes)
+
+
+def test_deep_interactions_reads_a_head():
+    blind = toy.student._replace(head=None)
+    with pytest.raises(ValueError, match="the student has no `head`"):
+        deep_interactions(blind, toy.task, SGD, num_classes=3)
+    with pytest.raises(ValueError, match="deep_interactions units=0 is not a positive integer"):
+        deep_interactions(toy.student, toy.task, SGD, num_classes=3, units=0)
 
 
 def test_l2rw_takes_one_step_a_round():

@@ -114,7 +114,12 @@ def test_evaluation_is_exact_for_any_batch_size(task: Task, linear: tuple[Studen
     results = evaluate(student, variables, DATA, task, batch_size)
     np.testing.assert_allclose(results["accuracy"], (np.argmax(outputs, -1) == LABELS).mean(), rtol=1e-6)
     np.testing.assert_allclose(results["error"], task.error(outputs, LABELS).mean(), rtol=1e-5)
-    assert set(results) == {"accuracy", "error"}
+    assert set(results) == {
+        "accuracy",
+        "error",
+        "balanced accuracy",
+        *(f"accuracy of {label}" for label in set(LABELS)),
+    }
 
 
 def test_evaluation_uses_running_statistics_and_no_augmentation(task: Task) -> None:

@@ -16,6 +16,8 @@ from l2t_jax.losses.label_smoothing import label_smoothing
 from l2t_jax.losses.labelled_class import focal, mae, poly, sce, taylor_ce
 from l2t_jax.losses.large_margin_softmax import large_margin_softmax
 from l2t_jax.losses.ml3 import ml3
+from l2t_jax.losses.ranking import READS as BATCH
+from l2t_jax.losses.ranking import aucpr, pairwise_aucroc
 from l2t_jax.losses.smooth_zero_one import smooth_zero_one
 from l2t_jax.losses.taylor_glo import taylor_glo
 from l2t_jax.losses.terms import linear_dln, sum_of_terms
@@ -34,6 +36,8 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "smooth_zero_one": smooth_zero_one,
     "large_margin_softmax": large_margin_softmax,
     "adaptive_robust": adaptive_robust,
+    "aucpr": aucpr,
+    "pairwise_aucroc": fixed(pairwise_aucroc, reads=BATCH),
     "dln": dln,
     "bilinear": bilinear,
     "ml3": ml3,

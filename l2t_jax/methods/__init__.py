@@ -11,6 +11,7 @@ import optax
 from l2t_jax.losses import LOSSES, build_loss, fixed_losses
 from l2t_jax.methods.ala import ala
 from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
+from l2t_jax.methods.deep_interactions import deep_interactions
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dlf import l2t_dlf
@@ -131,6 +132,17 @@ def _meta_weight_net(parts: Parts) -> Method:
     return meta_weight_net(parts.student, parts.task, parts.optimizer, **knobs, **parts.shared)
 
 
+def _deep_interactions(parts: Parts, learn: bool) -> Method:
+    return deep_interactions(
+        parts.student,
+        parts.task,
+        parts.optimizer,
+        num_classes=parts.classes,
+        **parts.knobs_of("deep_interactions"),
+        **parts.shared,
+    )
+
+
 def _mentornet(curriculum: str, name: str) -> Callable[[Parts], Method]:
     def build(parts: Parts) -> Method:
         knobs = {"steps": parts.steps, "curriculum": curriculum, **parts.knobs_of(name)}
@@ -159,6 +171,7 @@ METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, wheth
     "ala": _ala,
     "slf": _single_steps(_slf),
     "meta_weight_net": _single_steps(_meta_weight_net),
+    "deep_interactions": _single_steps(lambda p: _deep_interactions(p, False)),
     "l2rw": _single_steps(lambda p: l2rw(p.student, p.task, p.optimizer, **p.shared)),
     "mentornet": _single_steps(_mentornet("predefined", "mentornet")),
     "mentornet_data_driven": _single_steps(_mentornet("data_driven", "mentornet_data_driven")),
@@ -175,6 +188,7 @@ KNOBS: dict[str, Callable[..., Any]] = {
     "ala": ala,
     "slf": slf,
     "meta_weight_net": meta_weight_net,
+    "deep_interactions": deep_interactions,
     "mentornet": mentornet,
     "mentornet_data_driven": mentornet,
     **{name: LOSSES[name] for name in fixed_losses()},
@@ -184,7 +198,17 @@ KNOBS: dict[str, Callable[..., Any]] = {
 # Which give each example a weight of their own, or a plain mean: weights of examples would be lost without a word.
 UNWEIGHTED = ("l2t_dlf", "l2rw", "mentornet", "mentornet_data_driven")
 # Whose policy, loss or weights are of classes; the others take a task's own errors and its own loss.
-OF_CLASSES = ("l2t_dlf", "ala", "slf", "meta_weight_net", "ml3", "adalfl", "taylor_glo", "bilinear")
+OF_CLASSES = (
+    "l2t_dlf",
+    "ala",
+    "slf",
+    "meta_weight_net",
+    "deep_interactions",
+    "ml3",
+    "adalfl",
+    "taylor_glo",
+    "bilinear",
+)
 # Whose teacher is told of the outputs themselves, a row for each example: pixels have more.
 OF_EXAMPLES = ("l2t_dlf", "ala")
 

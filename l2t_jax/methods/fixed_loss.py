@@ -73,7 +73,14 @@ def fixed_loss(
         theta, phi = apart(params, phi)
         return inner(theta, stats, at(phi, count), batch)
 
-    step = student_step(plain_gradient(objective), student_optimizer, axis_name=axis_name)
+    slope = plain_gradient(objective)
+
+    def gradient(params: PyTree, stats: PyTree, rest: PyTree, batch: PyTree) -> tuple[PyTree, Array, PyTree]:
+        found, value, stats = slope(params, stats, rest, batch)
+        theta, phi = apart(found, {})
+        return joined(theta, loss.descent(phi)), value, stats
+
+    step = student_step(gradient, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:
         k_student, k_loss, _ = jax.random.split(key, 3)  # as in l2t_dln: the same key gives the same student
