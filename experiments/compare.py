@@ -20,6 +20,7 @@ from absl import flags
 from experiments import _flags, _groups, _noise, _table_flag
 from experiments._command import command, start
 from experiments._flags import KINDS_OF_LABELS
+from l2t_jax.losses import LOSSES
 from l2t_jax.methods import method_names
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, run_cells
@@ -53,7 +54,7 @@ def _prepare() -> Noise | None:
         if FLAGS.table is not None:
             raise UsageError(f"--table={FLAGS.table} and --labels both say what labels there are: give one of them.")
         chosen = "given"
-    methods = ",".join(method_names(classes=_flags.spec().classes))
+    methods = ",".join(method_names(view=LOSSES[_flags.spec().baseline]().reads))
     _flags.set_defaults(preset="residual", method=methods, seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
 

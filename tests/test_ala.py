@@ -9,7 +9,7 @@ import pytest
 import toy
 
 from l2t_jax.losses.bilinear import bilinear
-from l2t_jax.methods.ala import ala
+from l2t_jax.methods.ala import ala, pairs_of_classes
 from l2t_jax.teachers import pair_policy
 from l2t_jax.teachers.pair_policy import Experience
 from l2t_jax.types import Batch, RoundBatches, Student
@@ -38,7 +38,7 @@ def part(tree, i):
 
 
 def build(student=toy.student, **knobs):
-    given = {"num_classes": C, "window": K, "steps": 30, "history": 4, "replay": 5, "minibatch": 3} | knobs
+    given = {"moved": pairs_of_classes(C), "window": K, "steps": 30, "history": 4, "replay": 5, "minibatch": 3} | knobs
     method = ala(student, toy.task, SGD, **given)
     return method, jax.jit(method.init)(jax.random.key(0), np.zeros((2, 5)))
 
@@ -286,7 +286,7 @@ def test_a_policy_of_three_classes_teaches_four(learning):
         lambda key, inputs: {"params": jnp.eye(5, 4), "batch_stats": {}},
         lambda variables, inputs, train: (inputs @ variables["params"], {}),
     )
-    method, state = build(student, num_classes=4, learn=False)
+    method, state = build(student, moved=pairs_of_classes(4), learn=False)
     state, run = state._replace(teacher=policy), jax.jit(method.round)
     state, _ = run(state, batches_of(0))
     after, metrics = run(state, batches_of(1))
@@ -318,9 +318,11 @@ def test_split_over_an_axis_and_seeds_side_by_side(x64):
 
 
 def test_bad_arguments_are_refused():
-    for knob, value in (("children", 0), ("window", 0), ("replay", 1), ("num_classes", 1)):
+    for knob, value in (("children", 0), ("window", 0), ("replay", 1)):
         with pytest.raises(ValueError, match=f"{knob} is {value}, expected at least"):
             build(**({"children": 2} | {knob: value}))
+    with pytest.raises(ValueError, match="num_classes is 1, expected at least"):
+        pairs_of_classes(1)
     method, state = build()
     long = RoundBatches(toy.batch(0, K, 2, 6), toy.batch(1, K, 8), jnp.array(False))
     with pytest.raises(ValueError, match="a stage has 2 training batches"):

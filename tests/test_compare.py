@@ -25,7 +25,7 @@ LEFT_OUT = (
     *("label_smoothing", "generalized_cross_entropy", "mae", "sce", "poly", "taylor_ce", "smooth_zero_one"),
     *("bilinear", "meta_only", "slf", "l2rw", "mentornet", "mentornet_data_driven", "ml3", "adalfl", "taylor_glo"),
 )
-METHODS = [name for name in method_names(classes=True) if name not in LEFT_OUT]
+METHODS = [name for name in method_names(view="rows") if name not in LEFT_OUT]
 
 
 TABLE = ("--table=noisy", "--students=mlp", "--seeds=2", f"--method={','.join(METHODS)}", *SMALL)
@@ -66,7 +66,7 @@ def test_every_method_gives_a_record(table):
 @pytest.mark.versions
 def test_every_name_builds():
     """Each name of --method becomes an entry, and each entry has a state."""
-    names = method_names(classes=True)
+    names = method_names(view="rows")
     with flagsaver.flagsaver():
         _flags.parse_arguments(["test", "--student=mlp", "--width=8", f"--method={','.join(names)}"])
         config, options = _flags.resolve("test")

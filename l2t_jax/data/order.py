@@ -17,6 +17,14 @@ class Split(NamedTuple):
     validation: np.ndarray  # [n_validation] int32
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Blocks:
+    """What of a pass stands together: blocks of so many examples of one kind, as far as there are so many."""
+
+    kinds: np.ndarray  # [n] integers
+    size: int
+
+
 def require_counts(error: type[ValueError] = ValueError, /, **counts: tuple[Any, int]) -> None:
     """Check named integers, each given with the least it may be.
 
@@ -47,7 +55,10 @@ class Plan:
     """How long a run is and which examples each round reads.
 
     Batches stream on from round to round over the training and over the validation part of an epoch, each of which is
-    shuffled anew on every pass; the incomplete last batch of a pass is dropped. An epoch is one pass over the
+    shuffled anew on every pass; the incomplete last batch of a pass is dropped. With `blocks` a pass has each example
+    once too, in blocks of one kind in random order; examples that fill no block come last, by kind.
+
+    An epoch is one pass over the
     validation part: it has n_validation // (S V) rounds, each of which reads S validation batches not read before.
 
     Raises:
@@ -69,6 +80,7 @@ class Plan:
     # S of the method with which this one is compared, so that both have the same epochs, and, where S N are equal, the
     # same training batches; by default `stages`
     epoch_stages: int | None = None
+    blocks: Blocks | None = None  # by default examples stand alone
 
     def __post_init__(self) -> None:
         epoch_stages = self._epoch_stages
@@ -76,6 +88,13 @@ class Plan:
         sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size}
         sizes |= {"validation_batch_size": self.validation_batch_size}
         require_counts(rounds=(self.rounds, 0), **{name: (size, 1) for name, size in sizes.items()})
+        if self.blocks is not None:
+            for name in ("batch_size", "validation_batch_size"):
+                if (size := getattr(self, name)) <= self.blocks.size:
+                    raise ValueError(
+                        f"{name}={size} holds one block of {self.blocks.size} examples of a class, and no other class "
+                        f"beside: give at least {2 * self.blocks.size}, or a smaller per_class."
+                    )
         n_train, n_validation = split_sizes(self.examples, self.validation_ratio)
         parts = f"{self.examples} examples at validation_ratio={self.validation_ratio} leave"
         if self.batch_size > n_train:
@@ -131,7 +150,7 @@ class Plan:
         """
         require_counts(seed=(seed, 0), round=(round, 0))
         epoch, r = (0, round) if self.fixed_split else divmod(round, self._validation_rounds)
-        which = seed, epoch, self.examples, self.validation_ratio, self.fixed_split
+        which = seed, epoch, self.examples, self.validation_ratio, self.fixed_split, self.blocks
         steps = self.stages * self.unroll_length
         train = _batches("train", r * steps, (r + 1) * steps, self.batch_size, *which)
         validation = _batches("validation", r * self.stages, (r + 1) * self.stages, self.validation_batch_size, *which)
@@ -147,9 +166,23 @@ def _split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: 
 
 @lru_cache(maxsize=128)
 def _pass_order(
-    part: str, seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float, fixed_split: bool
+    part: str,
+    seed: int,
+    epoch: int,
+    pass_index: int,
+    n: int,
+    validation_ratio: float,
+    fixed_split: bool,
+    blocks: Blocks | None,
 ) -> np.ndarray:
     """The training or validation part of an epoch in the order of one pass over it."""
+    order = _shuffled(part, seed, epoch, pass_index, n, validation_ratio, fixed_split)
+    return order if blocks is None else _in_blocks(order, blocks, (seed, epoch, pass_index, 2 + (part == "train")))
+
+
+def _shuffled(
+    part: str, seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float, fixed_split: bool
+) -> np.ndarray:
     split = _split(seed, epoch, n, validation_ratio, fixed_split)
     if part == "train":
         # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
@@ -159,9 +192,22 @@ def _pass_order(
     return split.validation[_permutation((seed, epoch, pass_index, 1), len(split.validation))]
 
 
-def _batches(part: str, begin: int, end: int, size: int, *which: int | float | bool) -> np.ndarray:
+def _in_blocks(order: np.ndarray, blocks: Blocks, seeds: tuple[int, ...]) -> np.ndarray:
+    """The same examples in blocks of one kind, the blocks in random order; of each kind in the order given."""
+    kinds = blocks.kinds[order]
+    by_kind = np.argsort(kinds, kind="stable")
+    _, begins, counts = np.unique(kinds[by_kind], return_index=True, return_counts=True)
+    place = np.arange(len(order)) - np.repeat(begins, counts)  # of an example among those of its kind
+    full = place < np.repeat(counts - counts % blocks.size, counts)
+    whole = order[by_kind[full]].reshape(-1, blocks.size)
+    found = np.concatenate([whole[_permutation(seeds, len(whole))].ravel(), order[by_kind[~full]]])
+    found.setflags(write=False)
+    return found
+
+
+def _batches(part: str, begin: int, end: int, size: int, *which: Any) -> np.ndarray:
     """Batches number begin to end - 1 of those that stream over a part of an epoch, [end - begin, size]."""
-    _, _, n, validation_ratio, _ = which
+    _, _, n, validation_ratio, *_ = which
     per_pass = split_sizes(int(n), validation_ratio)[part == "validation"] // size
     seed, epoch, *rest = which
     places = [divmod(i, per_pass) for i in range(begin, end)]

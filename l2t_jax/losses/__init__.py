@@ -11,6 +11,7 @@ from l2t_jax.losses.checking import LossError, check_loss
 from l2t_jax.losses.common import check_classes, fixed, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.losses.dln import dln
+from l2t_jax.losses.embeddings import focal_triplet, margin, margin_mixture, nca, triplet, triplet_mixture
 from l2t_jax.losses.generalized_cross_entropy import generalized_cross_entropy
 from l2t_jax.losses.label_smoothing import label_smoothing
 from l2t_jax.losses.labelled_class import focal, mae, poly, sce, taylor_ce
@@ -45,6 +46,12 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "weight_net": weight_net,
     "linear_dln": linear_dln,
     "sum_of_terms": sum_of_terms,
+    "triplet": triplet,
+    "margin": margin,
+    "nca": nca,
+    "triplet_mixture": triplet_mixture,
+    "margin_mixture": margin_mixture,
+    "focal_triplet": focal_triplet,
 }
 
 

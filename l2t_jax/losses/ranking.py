@@ -20,7 +20,8 @@ def aucpr(
 ) -> Loss:
     """Build the Lagrangian of the area under the precision-recall curve: recall at each of A precisions p_a.
 
-    L = w sum_a mean[(1 + lambda_a (1 - p_a)) y l(z + b_a) + lambda_a p_a (1 - y) l(-z - b_a) - lambda_a (1 - p_a) y log 2]
+    L = w sum_a mean[(1 + lambda_a (1 - p_a)) y l(z + b_a) + lambda_a p_a (1 - y) l(-z - b_a)
+                     - lambda_a (1 - p_a) y log 2],
     averaged over classes, l(x) = log(1 + exp(-x)); l / log 2 bounds true positives from below and false positives from
     above. p_a are evenly spaced inside (low, high), w = delta / (high - low - delta), delta = p_2 - p_1. Student and
     thresholds b descend, the multipliers lambda >= 0 ascend at `dual_rate` times the student's rate: `Loss.descent`.

@@ -9,7 +9,8 @@ from typing import Any
 import optax
 
 from l2t_jax.losses import LOSSES, build_loss, fixed_losses
-from l2t_jax.methods.ala import ala
+from l2t_jax.losses.embeddings import READS, SIGNALS, pairs_of
+from l2t_jax.methods.ala import Moved, ala, elements, pairs_of_classes
 from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
 from l2t_jax.methods.deep_interactions import deep_interactions
 from l2t_jax.methods.fixed_loss import fixed_loss
@@ -21,7 +22,7 @@ from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.methods.parts import Parts, build_teacher_optimizer, is_of_classes, sound, taught_loss, teacher_arguments
 from l2t_jax.methods.slf import slf
 from l2t_jax.teachers import build_teacher, from_optax
-from l2t_jax.types import Method, Teacher, rows
+from l2t_jax.types import Array, Method, PyTree, Teacher, rows
 
 DLF_TEACHER_LR = 0.01  # the demo's
 
@@ -101,12 +102,28 @@ def _l2t_dlf(parts: Parts, learn: bool) -> Method:
     )
 
 
+def _moved(parts: Parts) -> Moved:
+    """What ALA moves: of embeddings the parameters of the loss that is taught, of classes their pairs."""
+    views = dict(parts.task.views)
+    if READS not in views:
+        return pairs_of_classes(parts.classes)
+    if parts.loss not in SIGNALS:
+        raise ValueError(f"it teaches {', '.join(SIGNALS)} of embeddings, and no other loss.")
+    signals = SIGNALS[str(parts.loss)]
+
+    def signals_of(outputs: PyTree, targets: PyTree) -> Array:
+        read = views[READS](outputs, targets)
+        return signals(pairs_of(read.outputs, read.targets))
+
+    return elements(taught_loss(parts), signals_of)
+
+
 def _ala(parts: Parts, learn: bool) -> Method:
     return ala(
         parts.student,
         parts.task,
         parts.optimizer,
-        num_classes=parts.classes,
+        moved=_moved(parts),
         window=parts.steps_per_round,
         steps=parts.steps,
         learn=learn,
@@ -197,30 +214,23 @@ KNOBS: dict[str, Callable[..., Any]] = {
 
 # Which give each example a weight of their own, or a plain mean: weights of examples would be lost without a word.
 UNWEIGHTED = ("l2t_dlf", "l2rw", "mentornet", "mentornet_data_driven")
-# Whose policy, loss or weights are of classes; the others take a task's own errors and its own loss.
-OF_CLASSES = (
-    "l2t_dlf",
-    "ala",
-    "slf",
-    "meta_weight_net",
-    "deep_interactions",
-    "ml3",
-    "adalfl",
-    "taylor_glo",
-    "bilinear",
-)
+# Views of a task of which they are: whose policy, loss or weights are of classes, or of embeddings. The others take a
+# task's own errors and its own loss.
+_CLASSES = ("l2t_dlf", "slf", "meta_weight_net", "deep_interactions", "ml3", "adalfl", "taylor_glo", "bilinear")
+VIEWS: dict[str, tuple[str, ...]] = {**dict.fromkeys(_CLASSES, ("rows",)), "ala": ("rows", READS)}
 # Whose teacher is told of the outputs themselves, a row for each example: pixels have more.
 OF_EXAMPLES = ("l2t_dlf", "ala")
 
 
-def method_names(*, classes: bool | None = None) -> list[str]:
+def method_names(*, view: str | None = None) -> list[str]:
     """Names of methods: METHODS, and the losses that need no teacher.
 
     Args:
-      classes: those that run where rows are classified (True) or where they are not (False); by default all.
+      view: those that run where a task's losses read this view, "rows" where they are classified; by default all.
     """
-    methods = [name for name in METHODS if classes is not False or name not in OF_CLASSES]
-    return [*methods, *(name for name in fixed_losses() if classes in (None, is_of_classes(LOSSES[name]())))]
+    methods = [name for name in METHODS if view is None or view in VIEWS.get(name, (view,))]
+    reads = {name: "rows" if is_of_classes(loss := LOSSES[name]()) else loss.reads for name in fixed_losses()}
+    return [*methods, *(name for name, of in reads.items() if view in (None, of))]
 
 
 def build_method(name: str, parts: Parts, *, learn: bool = True) -> Method:
@@ -233,8 +243,9 @@ def build_method(name: str, parts: Parts, *, learn: bool = True) -> Method:
     Raises:
       ValueError: something of the parts does not do for it.
     """
-    if name in OF_CLASSES:
-        _ = parts.classes  # raises where there are none
-    if name in OF_EXAMPLES and dict(parts.task.views)["rows"] is not rows:
+    views = dict(parts.task.views)
+    if name in VIEWS and not set(VIEWS[name]) & views.keys():
+        _ = parts.classes  # raises, since there are none
+    if name in OF_EXAMPLES and views.get("rows", rows) is not rows:
         raise ValueError("it is of examples that are classified, and this task's rows are parts of them: leave it out.")
     return (METHODS[name] if name in METHODS else _fixed(name))(parts, learn)

@@ -1,7 +1,8 @@
-"""ALA: a policy moves the coefficients of a bilinear loss, and is rewarded where the validation metric then falls.
+"""ALA: a policy moves the parameters of a loss, and is rewarded where the validation metric then gets better.
 
-Legend: K student steps of a window (and data stages of a round), B batch, V validation batch, C classes, W windows
-remembered, P pairs kept of an episode, T student steps of the run; theta student, Phi coefficients.
+Legend: K student steps of a window (and data stages of a round), B batch, V validation batch, C classes, E elements of
+a vector of parameters, S shape of Phi, W windows remembered, P moves kept of an episode, T student steps of the run;
+theta student, Phi parameters.
 """
 
 import math
@@ -16,10 +17,30 @@ import optax
 from jax import lax
 
 from l2t_jax.losses.bilinear import bilinear
-from l2t_jax.methods.common import finite, pull_of
+from l2t_jax.methods.common import few_entries, finite, pull_of
 from l2t_jax.teachers import pair_policy
-from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import errors_of, init_state, inner_objective, mean_over, plain_gradient, student_step
+from l2t_jax.types import (
+    Array,
+    Batch,
+    Key,
+    Loss,
+    Method,
+    MethodState,
+    PyTree,
+    RoundBatches,
+    Student,
+    StudentState,
+    Task,
+)
+from l2t_jax.unroll import (
+    errors_of,
+    init_state,
+    inner_objective,
+    mean_over,
+    plain_gradient,
+    student_step,
+    weighted_mean,
+)
 
 FORGET = 0.9  # of the running mean that is the baseline
 
@@ -28,19 +49,90 @@ class Child(NamedTuple):
     """A student and what is its own beside it."""
 
     student: StudentState
-    loss: PyTree  # {"phi": [C, C], "bias": [C]}
-    history: Array  # [W, C, C], newest last
+    loss: PyTree  # {"phi": [*S], ...}
+    history: Array  # [W, *H], newest last
     metric: Array  # [] M of its last window
+
+
+class Moved(NamedTuple):
+    """What of a loss the policy moves, and what it is told of it."""
+
+    loss: Loss  # with parameters "phi" [*S]
+    told: Array | np.ndarray  # [*H] what it is told before anything was seen
+    moves: int  # how many parameters an episode moves
+    # (outputs, targets) of a validation batch -> sums [*H] and what to divide those of each first place by, [H0]
+    look: Callable[[PyTree, PyTree], tuple[Array, Array]]
+    features: Callable[[Array, Array, Array], Array]  # (history [W, *H], phi, progress) -> [*S, F]
+    move: Callable[[Array, Array, float], Array]  # (phi, actions [*S], beta) -> phi
+    some: Callable[[Key, int], tuple[Array, ...]]  # (key, P) -> places [P] of different parameters that are moved
 
 
 class Seen(NamedTuple):
     """What a window tells of a student; error and metrics are means over it."""
 
-    costs: Array  # [C, C] sums of -log p_j over examples of class i
-    examples: Array  # [C] of each class
+    costs: Array  # [*H] sums over it, of `Moved.look`
+    examples: Array  # [H0]
     metric: Array  # [] M
     error: Array  # [] e_val
     metrics: dict[str, Array]
+
+
+def pairs_of_classes(num_classes: int) -> Moved:
+    """The coefficients of the bilinear loss, one for each ordered pair of C classes i != j; the diagonal stays 1.
+
+    The policy is told of C_ij, the mean of - log p_j over validation examples of class i, and of C_ji.
+
+    Raises:
+      ValueError: there are fewer than two classes.
+    Source: ALA (ICML 2019), 4. An ordered pair moves its own element, so Phi need not stay symmetric. Ours, where the
+    source is silent: the diagonal stays 1, which keeps scale and sign of the loss; a class without examples keeps its
+    C, log C before the first.
+    """
+    _check(num_classes=(num_classes, 2))
+
+    def look(outputs: PyTree, targets: PyTree) -> tuple[Array, Array]:
+        of_class = jax.nn.one_hot(targets, num_classes)  # [V, C]
+        costs = jnp.matmul(of_class.T, -jax.nn.log_softmax(outputs), precision=lax.Precision.HIGHEST)
+        return costs, jnp.sum(of_class, axis=0)
+
+    return Moved(
+        bilinear(num_classes=num_classes),
+        np.full((num_classes, num_classes), math.log(num_classes), np.float32),
+        num_classes * (num_classes - 1),
+        look,
+        pair_policy.pair_features,
+        pair_policy.move,
+        lambda key, count: pair_policy.some_pairs(key, num_classes, count),
+    )
+
+
+def elements(loss: Loss, signals: Callable[[PyTree, PyTree], Array]) -> Moved:
+    """The elements of a vector phi [E] of a loss.
+
+    Args:
+      loss: its parameters have "phi" [E]; others stay as they begin.
+      signals: (outputs, targets) of a validation batch -> two numbers that tell of each element, [E, 2].
+    Raises:
+      ValueError: the loss has no such parameters.
+    Source: ours, after ALA's pairs of classes; before anything was seen the policy is told of zeros.
+    """
+    found = jax.eval_shape(loss.init, jax.random.key(0))
+    if not isinstance(found, dict) or jnp.ndim(found.get("phi", 0.0)) != 1:
+        raise ValueError('ALA moves the elements of a vector: this loss has no parameters "phi" [E].')
+    count = found["phi"].shape[0]
+
+    def look(outputs: PyTree, targets: PyTree) -> tuple[Array, Array]:
+        return signals(outputs, targets), jnp.ones(count)
+
+    return Moved(
+        loss,
+        np.zeros((count, 2), np.float32),
+        count,
+        look,
+        pair_policy.element_features,
+        pair_policy.move_all,
+        lambda key, some: (jnp.arange(count) if some == count else jax.random.permutation(key, count)[:some],),
+    )
 
 
 def ala(
@@ -48,7 +140,7 @@ def ala(
     task: Task,
     student_optimizer: optax.GradientTransformation,
     *,
-    num_classes: int,
+    moved: Moved,
     window: int,
     steps: int,
     children: int = 1,
@@ -62,43 +154,44 @@ def ala(
     learn: bool = True,
     axis_name: str | None = None,
 ) -> Method:
-    """Build ALA. A round is an episode: for every child and every ordered pair of classes i != j
+    """Build ALA. A round is an episode: for every child and every parameter i that is moved
 
-      a_ij ~ pi(. | features of (i, j)) in {-beta, 0, beta};  Phi_ij <- clip(Phi_ij + a_ij, -1, 1);
+      a_i ~ pi(. | features of i) in {-beta, 0, beta};  Phi_i <- clip(Phi_i + a_i, -1, 1);
       K student steps under Phi;  M' = sum_j discount^{K-j} M_j / sum_j discount^{K-j};  r = sign(M - M');
 
-    M_j is the share of wrong predictions on the j-th validation batch after the j-th step. Then the policy takes one
-    Adam step of REINFORCE on a minibatch of stored episodes, with the running mean of rewards as baseline.
+    M_j is the share of wrong predictions on the j-th validation batch after the j-th step, 1 - the task's metric. Then
+    the policy takes one Adam step of REINFORCE on a minibatch of stored episodes, with the running mean of rewards as
+    baseline.
 
     Args:
-      student, task: the records that are composed; the task has a metric "accuracy", 0 or 1 for each example.
+      student, task: the records that are composed; the task's metric is one of its metrics of a validation batch too, 0
+        or 1 for each example.
       student_optimizer: any optax transformation.
-      num_classes: C.
+      moved: `pairs_of_classes` or `elements`.
       window: K; the source's is 200.
       steps: T.
       children: students that gather experience, with initial parameters, Phi and history of their own, and one policy,
         one replay and the same batches. Child 0 is the student of the state.
       beta, discount: above; history: W.
       replay, minibatch: episodes of a child that are remembered, and that a policy update draws.
-      pairs: P, at most so many pairs of an episode are remembered, drawn at random.
+      pairs: P, at most so many moves of an episode are remembered, drawn at random.
       lr: of Adam.
-      learn: False is the transfer protocol: a frozen policy, of any number of classes, whose most probable action is
+      learn: False is the transfer protocol: a frozen policy, of any number of parameters, whose most probable action is
         taken; nothing is stored.
       axis_name: mapped axis over which batches are split, if any.
     Returns:
       a `Method` with K stages of one training batch each (leaves [K, 1, B, ...], validation [K, V, ...]).
     Raises:
       ValueError: a size that is too small, or a round with longer stages.
-    Source: ALA (ICML 2019), 3 and 4. An ordered pair moves its own element, so Phi need not stay symmetric. Ours, where
-    the source is silent: the diagonal stays 1, which keeps scale and sign of the loss; M is divided by its weights; the
-    first round only observes (no action, no reward), and its C fills the history; a class without examples keeps its
-    C, log C before the first; experience is an episode of one child; the baseline is that of earlier rounds.
+    Source: ALA (ICML 2019), 3 and 4. Ours, where the source is silent: M is divided by its weights; the first round
+    only observes (no action, no reward), and what it sees fills the history; experience is an episode of one child; the
+    baseline is that of earlier rounds.
     """
     _check(window=(window, 1), steps=(steps, 1), children=(children, 1), history=(history, 1), pairs=(pairs, 1))
-    _check(num_classes=(num_classes, 2), replay=(replay, children), minibatch=(minibatch, 1))
-    loss, optimizer = bilinear(num_classes=num_classes), optax.adam(lr)
-    run = _window(student, task, student_optimizer, num_classes, discount, axis_name)
-    kept = min(pairs, num_classes * (num_classes - 1))
+    _check(replay=(replay, children), minibatch=(minibatch, 1))
+    loss, optimizer = moved.loss, optax.adam(lr)
+    run = _window(student, task, student_optimizer, moved, discount, axis_name)
+    kept = min(pairs, moved.moves)
 
     def init(key: Key, inputs: Array) -> MethodState:
         k_student, k_loss, k_teacher = jax.random.split(key, 3)  # as in l2t_dln: the same key gives the same student
@@ -106,8 +199,8 @@ def ala(
 
         def child(k: Key) -> Child:
             theta = init_state(student.init(k, inputs), student_optimizer)
-            chance = jnp.full((history, num_classes, num_classes), math.log(num_classes))
-            return Child(theta, loss.init(k_loss), chance, jnp.zeros(()))
+            past = jnp.tile(jnp.asarray(moved.told), (history, *[1] * moved.told.ndim))
+            return Child(theta, loss.init(k_loss), past, jnp.zeros(()))
 
         first, policy = child(k_student), pair_policy.init_policy(k_policy, history)
         others = [child(jax.random.fold_in(k_student, c)) for c in range(1, children)]
@@ -126,16 +219,16 @@ def ala(
         k_actions, k_pairs = jax.random.split(key)
         phi, first = child.loss["phi"], rounds == 0
         progress = (window * rounds).astype(phi.dtype) / steps
-        features = pair_policy.pair_features(child.history, phi, progress)
-        chosen = pair_policy.choose(policy, features, k_actions if learn else None)  # [C, C]
+        features = moved.features(child.history, phi, progress)
+        chosen = pair_policy.choose(policy, features, k_actions if learn else None)  # [*S]
         actions = jnp.where(first, pair_policy.STAY, chosen)
-        moved = child.loss | {"phi": pair_policy.move(phi, actions, beta)}
-        theta, train_loss, seen = run(child.student, moved, batches)
+        rewritten = child.loss | {"phi": moved.move(phi, actions, beta)}
+        theta, train_loss, seen = run(child.student, rewritten, batches)
         reward = jnp.where(first, 0, jnp.sign(child.metric - seen.metric))
-        i, j = pair_policy.some_pairs(k_pairs, num_classes, kept)
+        some = moved.some(k_pairs, kept)
         past = pair_policy.remember(child.history, seen.costs, seen.examples, first)
-        child = Child(theta, moved, past, seen.metric.astype(child.metric.dtype))
-        return child, pair_policy.Experience(features[i, j], actions[i, j], reward), (train_loss, seen)
+        child = Child(theta, rewritten, past, seen.metric.astype(child.metric.dtype))
+        return child, pair_policy.Experience(features[some], actions[some], reward), (train_loss, seen)
 
     def episodes(state: MethodState, batches: RoundBatches, key: Key) -> Any:  # leaves [children, ...]
         carried = state.carried
@@ -170,7 +263,8 @@ def ala(
         }
         after = MethodState(child.student, child.loss, policy, carried, adam)
         told = {"reward": reward, "policy_entropy": pair_policy.entropy(state.teacher, experience.features)}
-        return after, told | _metrics(state, after, report, gradient)
+        start = loss.init(jax.random.key(0))["phi"]
+        return after, told | _metrics(state, after, start, report, gradient)
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         return pull_of(student, task, loss, state.student.variables, state.loss, batch)
@@ -182,21 +276,21 @@ def _window(
     student: Student,
     task: Task,
     optimizer: optax.GradientTransformation,
-    classes: int,
+    moved: Moved,
     discount: float,
     axis_name: str | None,
 ) -> Callable[[StudentState, PyTree, RoundBatches], tuple[StudentState, Array, Seen]]:
     """Build K student steps, each followed by a look at its own validation batch."""
-    inner = inner_objective(student, task, bilinear(num_classes=classes), axis_name=axis_name)
+    inner = inner_objective(student, task, moved.loss, axis_name=axis_name)
     step = student_step(plain_gradient(inner), optimizer, axis_name=axis_name)
 
     def look(theta: StudentState, batch: Batch) -> tuple[PyTree, PyTree, Array]:
         outputs, _ = student.apply(theta.variables, batch.inputs, True)  # statistics as in `outer_objective`
         metrics = task.metrics(outputs, batch.targets)
-        of_class = jax.nn.one_hot(batch.targets, classes)  # [V, C]
-        costs = jnp.matmul(of_class.T, -jax.nn.log_softmax(outputs), precision=lax.Precision.HIGHEST)
-        means = jax.tree.map(jnp.mean, (errors_of(task, outputs, batch).values, metrics))
-        return (costs, jnp.sum(of_class, axis=0)), means, jnp.sum(metrics["accuracy"])
+        sums = moved.look(outputs, batch.targets)
+        means = weighted_mean(errors_of(task, outputs, batch), axis_name), jax.tree.map(jnp.mean, metrics)
+        right = metrics[task.metric.name]
+        return (*sums, jnp.sum(jnp.ones_like(right))), means, jnp.sum(right)
 
     def run(theta: StudentState, phi: PyTree, batches: RoundBatches) -> tuple[StudentState, Array, Seen]:
         if (length := batches.train.targets.shape[1]) != 1:
@@ -214,7 +308,7 @@ def _window(
         loss, (error, metrics) = jax.tree.map(jnp.mean, mean_over(axis_name, means))
         sums, right = (sums, right) if axis_name is None else lax.psum((sums, right), axis_name)
         # Of whole numbers, so that a tie is one however batches are divided: the reward is a sign.
-        wrong = 1 - right * len(right) / jnp.sum(sums[1])  # [K]
+        wrong = 1 - right * len(right) / sums[2]  # [K]
         weights = discount ** np.arange(len(right) - 1, -1, -1.0)
         metric = jnp.sum(wrong * (weights / weights.sum()))
         return theta, loss, Seen(sums[0], sums[1], metric, error, metrics)
@@ -228,16 +322,19 @@ def _check(**sizes: tuple[int, int]) -> None:
             raise ValueError(f"{name} is {size}, expected at least {least}.")
 
 
-def _metrics(before: MethodState, after: MethodState, report: tuple[Array, Seen], gradient: PyTree) -> dict[str, Any]:
+def _metrics(
+    before: MethodState, after: MethodState, start: Array, report: tuple[Array, Seen], gradient: PyTree
+) -> dict[str, Any]:
     train_loss, seen = report
     phi, others = after.loss["phi"], after.carried["others"]
     return {
         "train_loss": train_loss,
         "validation_error": seen.error,
         **{f"validation_{name}": value for name, value in seen.metrics.items()},
+        **few_entries(after.loss),
         "window_metric": seen.metric,
         "reward_baseline": after.carried["baseline"],
-        "phi_distance": jnp.linalg.norm(phi - jnp.eye(len(phi), dtype=phi.dtype)),
+        "phi_distance": jnp.linalg.norm(phi - start.astype(phi.dtype)),
         "phi_movement": jnp.linalg.norm(phi - before.loss["phi"]),
         "policy_gradient_norm": optax.tree.norm(gradient),
         "finite": finite(

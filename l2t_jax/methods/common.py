@@ -44,6 +44,8 @@ from l2t_jax.unroll import (
     unrolled_error,
 )
 
+FEW = 8  # parameters of a loss that are shown one by one in the metrics of a round
+
 
 def stage_data(batches: RoundBatches, s: int, stages: int = 1) -> tuple[Batch, Batch]:
     """The training batches (leaves [N, B, ...]) and the validation batch (leaves [V, ...]) of stage s.
@@ -85,6 +87,19 @@ def finite(*stages: tuple[str, PyTree]) -> OrderedDict[str, PyTree]:
     Name the stages in the order in which a round computes them: the first one that fails is reported as the cause.
     """
     return OrderedDict((name, jax.tree.map(lambda leaf: jnp.all(jnp.isfinite(leaf)), tree)) for name, tree in stages)
+
+
+def few_entries(phi: PyTree) -> dict[str, Array]:
+    """The parameters of a loss of few, by name: {"loss_weights_0": ...}; {} where there are more."""
+    leaves = jax.tree_util.tree_leaves_with_path(phi)
+    if sum(leaf.size for _, leaf in leaves) > FEW:
+        return {}
+    found = {}
+    for path, leaf in leaves:
+        name = jax.tree_util.keystr(path, simple=True, separator="_")
+        for i, entry in enumerate(jnp.ravel(leaf)):
+            found[f"loss_{name}_{i}" if jnp.ndim(leaf) else f"loss_{name}"] = entry
+    return found
 
 
 def pull_of(

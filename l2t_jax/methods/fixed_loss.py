@@ -73,13 +73,12 @@ def fixed_loss(
         theta, phi = apart(params, phi)
         return inner(theta, stats, at(phi, count), batch)
 
-    slope = plain_gradient(objective)
+    def turned(params: PyTree, stats: PyTree, rest: PyTree, batch: PyTree) -> tuple[PyTree, Array, PyTree]:
+        # Turned round after it was taken: inside the loss, second derivatives would not be those of what happens.
+        found, value, stats = plain_gradient(objective)(params, stats, rest, batch)
+        return found | {"loss": loss.descent(found["loss"])}, value, stats
 
-    def gradient(params: PyTree, stats: PyTree, rest: PyTree, batch: PyTree) -> tuple[PyTree, Array, PyTree]:
-        found, value, stats = slope(params, stats, rest, batch)
-        theta, phi = apart(found, {})
-        return joined(theta, loss.descent(phi)), value, stats
-
+    gradient = turned if beside else plain_gradient(objective)
     step = student_step(gradient, student_optimizer, axis_name=axis_name)
 
     def init(key: Key, inputs: Array) -> MethodState:

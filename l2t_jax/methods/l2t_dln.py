@@ -11,7 +11,7 @@ import optax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.inputs import known
-from l2t_jax.methods.common import finite, pull_of, stage_data, train_stage
+from l2t_jax.methods.common import few_entries, finite, pull_of, stage_data, train_stage
 from l2t_jax.optimizers import check_optimizer, update_with
 from l2t_jax.types import (
     Array,
@@ -31,7 +31,6 @@ from l2t_jax.types import (
 from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
 STAGES = {"continue": 2, "restart": 1}  # -> S, and the multiples of N student steps that a round keeps
-FEW = 8  # parameters of a loss that are shown one by one in the metrics of a round
 RESET = ("never", "epoch")
 ACCEPT = ("always", "not_worse")
 
@@ -149,19 +148,6 @@ def l2t_dln(
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
 
 
-def _entries(phi: PyTree) -> dict[str, Array]:
-    """The parameters of a loss of few, by name: {"loss_weights_0": ...}; {} where there are more."""
-    leaves = jax.tree_util.tree_leaves_with_path(phi)
-    if sum(leaf.size for _, leaf in leaves) > FEW:
-        return {}
-    found = {}
-    for path, leaf in leaves:
-        name = jax.tree_util.keystr(path, simple=True, separator="_")
-        for i, entry in enumerate(jnp.ravel(leaf)):
-            found[f"loss_{name}_{i}" if jnp.ndim(leaf) else f"loss_{name}"] = entry
-    return found
-
-
 def _check_loss(loss: Loss) -> None:
     """Check that a teacher can rewrite a loss."""
     if loss.at is not unscheduled:
@@ -189,7 +175,7 @@ def _metrics(
         "dln_update_norm": optax.tree.norm(update),
         "dln_norm": optax.tree.norm(new_phi),
         "teacher_gradient_norm": optax.tree.norm(tau_gradient),
-        **_entries(new_phi),
+        **few_entries(new_phi),
         "finite": finite(
             ("validation error of stage one", {"e_val": first.error}),
             ("hypergradient of stage one", first.gradient),

@@ -17,7 +17,7 @@ from l2t_jax.data import DataError, Dataset, at, hold_out, require
 from l2t_jax.data.files import in_a_line, read_clean, read_labels
 from l2t_jax.data.imbalance import with_imbalance
 from l2t_jax.data.noise import with_noise
-from l2t_jax.data.order import Plan
+from l2t_jax.data.order import Blocks, Plan
 from l2t_jax.knobs import knobs_for, knobs_of
 from l2t_jax.methods import TAUGHT, UNWEIGHTED, build_method
 from l2t_jax.methods.l2t_dln import STAGES
@@ -96,19 +96,15 @@ def build_setting(
         raise UsageError(
             f"--method={lost[0]} takes no weights of examples: leave it out, or --class_weight and other weights."
         )
-    try:
-        task = spec.build(dataset, **config.task_knobs)
-    except DataError:
-        raise
-    except ValueError as error:  # which begins with the knob
-        raise UsageError(f"--{error}" if config.task_knobs else str(error)) from error
+    task = build_task(config, dataset)
     example = example_batch(task, dataset)
     inputs = _zeros(example.inputs)
     student = own.student or build_student(config, task, example, layout.axis_name)
+    task = build_task(config, dataset, layout.axis_name)  # now that it was tried on one device
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
         task = with_keys(task)
-    plan = build_plan(config, dataset)
+    plan = build_plan(config, dataset, task)
     steps = max(1, plan.rounds * plan.stages * plan.unroll_length)
     knobs = knobs_for(config.knobs, config.settings.student_optimizer)
     optimizer = own.optimizer or build_optimizer(config.settings, steps, **knobs)
@@ -117,7 +113,7 @@ def build_setting(
         teacher=own.teacher or config.teacher,
         student=student,
         task=task,
-        loss=own.loss or spec.loss,
+        loss=own.loss or task.loss or spec.loss,
         baseline=spec.baseline,
         knobs=config.knobs,
         optimizer=optimizer,
@@ -127,6 +123,26 @@ def build_setting(
     )
     setting = Setting(config, options, dataset, layout, parts, inputs)
     return setting, build_entries(config.methods, parts, options.teacher_from is not None, own.methods)
+
+
+def build_task(config: Config, dataset: Dataset, axis_name: str | None = None) -> Task:
+    """The task that the flags describe.
+
+    Args:
+      config: of the run.
+      dataset: of `prepare`.
+      axis_name: mapped axis over which batches are divided, for a task that reads a batch as a whole.
+    Raises:
+      UsageError: a knob has a value that it cannot have.
+    """
+    build = TASKS[config.task].build
+    axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
+    try:
+        return build(dataset, **config.task_knobs, **axis)
+    except DataError:
+        raise
+    except ValueError as error:  # which begins with the knob
+        raise UsageError(f"--{error}" if config.task_knobs else str(error)) from error
 
 
 def build_entries(
@@ -210,9 +226,20 @@ def build_optimizer(settings: Preset, steps: int, **knobs: Any) -> optax.Gradien
     return optax.chain(clip_by_global_norm(settings.student_clip), optimizer) if settings.student_clip else optimizer
 
 
-def build_plan(config: Config, dataset: Dataset) -> Plan:
-    """How long the run is and what a round reads; a meta set takes the place of the division into two parts."""
+def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Plan:
+    """How long the run is and what a round reads; a meta set takes the place of the division into two parts.
+
+    Args:
+      config: of the run.
+      dataset: of `prepare`.
+      task: says whether examples of one kind stand together.
+    Raises:
+      UsageError: sizes do not fit.
+    """
     settings, examples = config.settings, dataset.examples
+    strata, blocks = TASKS[config.task].strata, None
+    if task is not None and task.together > 1 and strata is not None:
+        blocks = Blocks(strata(dataset), task.together)
     try:
         plan = Plan(
             rounds=1,
@@ -223,6 +250,7 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
             examples=examples,
             stages=STAGES[settings.second_stage],
             fixed_split=dataset.meta > 0,
+            blocks=blocks,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

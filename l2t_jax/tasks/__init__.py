@@ -10,13 +10,17 @@ from l2t_jax.tasks import own
 from l2t_jax.tasks.classification import CLASSIFICATION
 from l2t_jax.tasks.detection import DETECTION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
+from l2t_jax.tasks.metric_learning import METRIC_LEARNING
+from l2t_jax.tasks.ranking import RANKING
 from l2t_jax.tasks.segmentation import SEGMENTATION
 from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
 
 TASKS: dict[str, TaskSpec] = {
     "classification": dataclasses.replace(CLASSIFICATION, open=own.open_path),
+    "ranking": RANKING,
     "segmentation": SEGMENTATION,
     "detection": DETECTION,
+    "metric_learning": METRIC_LEARNING,
 }
 
 

@@ -89,7 +89,7 @@ def from_arrays(
     numbers = labels["train"].dtype.kind in "iu"
     names = tuple(int(value) if numbers else value for value in values)
     names = () if names == tuple(range(len(values))) else names
-    info = Classes(len(values), *_moments(dataset.train["inputs"]), names=names)
+    info = Classes(len(values), *moments(dataset.train["inputs"]), names=names)
     dataset = dataclasses.replace(dataset, info=info)
     if clean is not None and not isinstance(clean, tuple):
         dataset = with_clean(dataset, np.asarray(clean))
@@ -359,7 +359,7 @@ def _order(word: str) -> tuple[int, float, str]:
         return 1, 0.0, word
 
 
-def _moments(inputs: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
+def moments(inputs: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and standard deviation of the last axis; 1 where nothing varies."""
     flat = inputs.reshape(-1, inputs.shape[-1])
     mean, std = flat.mean(axis=0, dtype=np.float64), flat.std(axis=0, dtype=np.float64)

@@ -75,8 +75,12 @@ def choose(policy: tuple[Layer, ...], features: Array, key: Key | None) -> Array
 def move(phi: Array, actions: Array, beta: float) -> Array:
     """Phi' = clip(Phi + a, -1, 1) off the diagonal, which stays as it is; Phi [C, C], actions [C, C] in 0, 1, 2."""
     chex.assert_shape([phi, actions], (len(phi), len(phi)))
-    moved = jnp.clip(phi + beta * (actions - STAY).astype(phi.dtype), -1, 1)
-    return jnp.where(jnp.eye(len(phi), dtype=bool), phi, moved)
+    return jnp.where(jnp.eye(len(phi), dtype=bool), phi, move_all(phi, actions, beta))
+
+
+def move_all(phi: Array, actions: Array, beta: float) -> Array:
+    """Phi' = clip(Phi + a, -1, 1) of every element; Phi [...], actions [...] in 0, 1, 2."""
+    return jnp.clip(phi + beta * (actions - STAY).astype(phi.dtype), -1, 1)
 
 
 def entropy(policy: tuple[Layer, ...], features: Array) -> Array:
@@ -111,10 +115,33 @@ def pair_features(history: Array, phi: Array, progress: Array) -> Array:
     """
     chex.assert_shape(phi, history.shape[1:])
     forth = jnp.moveaxis(history, 0, -1)  # [C, C, W]
-    mean = jnp.mean(forth, axis=-1)
-    change = (forth[..., -1] - mean) / jnp.maximum(mean, SMALLEST)
-    told = jnp.stack([change, change.T, phi, jnp.full_like(phi, progress)], axis=-1)  # [C, C, 4]
-    return jnp.concatenate([forth, jnp.swapaxes(forth, 0, 1), told], axis=-1)
+    return _features(forth, jnp.swapaxes(forth, 0, 1), phi, progress)
+
+
+def element_features(history: Array, phi: Array, progress: Array) -> Array:
+    """What the policy is told of each element of a vector of parameters, in the form of a pair of classes.
+
+    Args:
+      history: [W, E, 2], newest last: two numbers that tell of an element, in place of C_ij and C_ji.
+      phi: [E].
+      progress: [] in [0, 1).
+    Returns:
+      features [E, F].
+    Source: ours. ALA says what the policy is told of pairs of classes; so a policy may go from one task to another.
+    """
+    chex.assert_shape(history, (None, len(phi), 2))
+    both = jnp.moveaxis(history, 0, -1)  # [E, 2, W]
+    return _features(both[:, 0], both[:, 1], phi, progress)
+
+
+def _features(forth: Array, back: Array, phi: Array, progress: Array) -> Array:
+    """Of two histories [..., W] and a parameter [...]."""
+    changes = []
+    for past in (forth, back):
+        mean = jnp.mean(past, axis=-1)
+        changes.append((past[..., -1] - mean) / jnp.maximum(mean, SMALLEST))
+    told = jnp.stack([*changes, phi, jnp.full_like(phi, progress)], axis=-1)  # [..., 4]
+    return jnp.concatenate([forth, back, told], axis=-1)
 
 
 def some_pairs(key: Key, num_classes: int, count: int) -> tuple[Array, Array]:
