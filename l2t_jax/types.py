@@ -176,9 +176,8 @@ class Task(NamedTuple):
     # Where examples are read on the host: (examples, indices [k], None or the seeds of each one's random draws)
     # -> leaves [k, ...], NumPy, which gather then reads by position; seeds switch augmentation on
     read: Callable[[PyTree, np.ndarray, Sequence[tuple[int, ...]] | None], PyTree] | None = None
-    together: int = (
-        1  # examples of one kind (`TaskSpec.strata`) that stand together in a batch, which is read as a whole
-    )
+    together: int = 1  # examples of one kind (`TaskSpec.strata`) that stand together in a batch
+    apart: bool = False  # whether kinds are divided into training and validation, and not the examples of each
     loss: str = ""  # of `LOSSES`: what L2T-DLN and ALA teach in place of the spec's
     scored_at_once: int = 1000  # examples that are measured in one piece, for their memory
 

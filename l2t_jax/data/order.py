@@ -23,6 +23,9 @@ class Blocks:
 
     kinds: np.ndarray  # [n] integers
     size: int
+    # whether the kinds are divided into the two parts, once for a whole run, and not the examples of each; sizes are
+    # kept, so of one kind there may be examples in both
+    apart: bool = False
 
 
 def require_counts(error: type[ValueError] = ValueError, /, **counts: tuple[Any, int]) -> None:
@@ -137,7 +140,7 @@ class Plan:
           ValueError: a number is no integer of at least 0.
         """
         require_counts(seed=(seed, 0), epoch=(epoch, 0))
-        return _split(seed, epoch, self.examples, self.validation_ratio, self.fixed_split)
+        return _split(seed, epoch, self.examples, self.validation_ratio, self.fixed_split, self.blocks)
 
     def indices(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples a round reads: training indices [S, N, B] and validation indices [S, V], int32.
@@ -158,9 +161,18 @@ class Plan:
 
 
 @lru_cache(maxsize=32)
-def _split(seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool) -> Split:
+def _split(
+    seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool, blocks: Blocks | None = None
+) -> Split:
     n_train, _ = split_sizes(n, validation_ratio)
-    order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
+    if blocks is not None and blocks.apart:
+        order = _permutation((seed, 0, 0), n)
+        kinds = blocks.kinds[order]
+        places = np.random.default_rng((seed, 0, 0, 4)).permutation(kinds.max() + 1)
+        order = order[np.argsort(places[kinds], kind="stable")]
+        order.setflags(write=False)
+    else:
+        order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
     return Split(order[:n_train], order[n_train:])
 
 
@@ -176,14 +188,21 @@ def _pass_order(
     blocks: Blocks | None,
 ) -> np.ndarray:
     """The training or validation part of an epoch in the order of one pass over it."""
-    order = _shuffled(part, seed, epoch, pass_index, n, validation_ratio, fixed_split)
+    order = _shuffled(part, seed, epoch, pass_index, n, validation_ratio, fixed_split, blocks)
     return order if blocks is None else _in_blocks(order, blocks, (seed, epoch, pass_index, 2 + (part == "train")))
 
 
 def _shuffled(
-    part: str, seed: int, epoch: int, pass_index: int, n: int, validation_ratio: float, fixed_split: bool
+    part: str,
+    seed: int,
+    epoch: int,
+    pass_index: int,
+    n: int,
+    validation_ratio: float,
+    fixed_split: bool,
+    blocks: Blocks | None,
 ) -> np.ndarray:
-    split = _split(seed, epoch, n, validation_ratio, fixed_split)
+    split = _split(seed, epoch, n, validation_ratio, fixed_split, blocks)
     if part == "train":
         # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
         return split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]

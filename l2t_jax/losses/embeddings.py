@@ -104,16 +104,15 @@ def distance_weights(pairs: Pairs) -> Array:
     d = max(d_an, 0.5); 0 beyond 1.4, where the margin loss is 0. An anchor without such a negative draws none (zeros).
 
     Source: Wu et al. 2017, section 4. Their code subtracts the maximum over the whole batch, so that rows underflow and
-    are drawn from evenly, own class included; here each row is normalised by itself. It is a constant of derivatives,
-    as what is drawn is.
+    are drawn from evenly, own class included; here each row is normalised by itself.
     """
     d = jnp.clip(pairs.distances, CUTOFF, FARTHEST)
     log = (2.0 - pairs.dimension) * jnp.log(d) - (pairs.dimension - 3) / 2 * jnp.log1p(-(d**2) / 4)
     drawn = (pairs.other > 0) & (pairs.distances < FARTHEST)
     masked = jnp.where(drawn, log, -jnp.inf)
-    top = jnp.max(masked, axis=1, keepdims=True)
+    top = lax.stop_gradient(jnp.max(masked, axis=1, keepdims=True))  # which changes nothing, and has no derivative
     chance = jnp.exp(masked - jnp.where(jnp.isfinite(top), top, 0))
-    return lax.stop_gradient(chance / jnp.maximum(chance.sum(1, keepdims=True), 1))
+    return chance / jnp.maximum(chance.sum(1, keepdims=True), 1)
 
 
 def draw_negatives(key: Key, pairs: Pairs) -> Array:
@@ -140,24 +139,40 @@ def _triplets(pairs: Pairs, negatives: str, margin: float) -> Array:
     return pairs.same[:, :, None] * pairs.other[:, None, :] * between
 
 
-def _shares(sums: Array, counts: Array, pairs: Pairs) -> Array:
-    """Values [R] whose mean over the anchors is the sum of `sums` [R] over that of `counts` [R]; 0 where that is 0."""
-    count = counts.sum()
-    return sums * (pairs.anchors.sum() / jnp.where(count > 0, count, 1))
+@jax.custom_vjp
+def _expected(chances: Array, values: Array) -> Array:
+    """chances * values, whose derivative is that of values alone: what is drawn is given, however it was likely.
+
+    The derivative itself depends on the chances, so that a hypergradient is exact: it sees that another student draws
+    otherwise. It is no derivative of a function, so only reverse over reverse is right, and forward mode is refused.
+    """
+    return chances * values
+
+
+_expected.defvjp(
+    lambda chances, values: (chances * values, chances),
+    lambda chances, slope: (jnp.zeros_like(chances), chances * slope),
+)
+
+
+def _mean_of(pairs: Pairs, weights: Array, values: Array, negatives: str) -> Array:
+    """Values [R] of which the mean over the anchors is that of values [R, k] which are not 0, by weights [R, k]."""
+    count = (weights * (values > 0)).sum()
+    shares = weights * (lax.stop_gradient(pairs.anchors.sum()) / jnp.where(count > 0, count, 1))
+    return (_expected(shares, values) if negatives == "distance" else shares * values).sum(1)
 
 
 def _triplet_values(pairs: Pairs, moved: Array, margin: float, negatives: str) -> Array:
-    weights = _triplets(pairs, negatives, margin)
     hinge = jax.nn.relu(moved[:, :, None] - moved[:, None, :] + margin)
-    return _shares((weights * hinge).sum((1, 2)), (weights * (hinge > 0)).sum((1, 2)), pairs)
+    flat = lambda x: x.reshape(len(x), -1)  # noqa: E731
+    return _mean_of(pairs, flat(_triplets(pairs, negatives, margin)), flat(hinge), negatives)
 
 
 def _margin_values(pairs: Pairs, moved: Array, beta: Array, margin: float, negatives: str) -> Array:
     near, far = jax.nn.relu(margin + moved - beta), jax.nn.relu(margin - moved + beta)
     # A negative is drawn for each positive.
     weights = pairs.same.sum(1, keepdims=True) * NEGATIVES[negatives](pairs)
-    sums = (pairs.same * near + weights * far).sum(1)
-    return _shares(sums, (pairs.same * (near > 0) + weights * (far > 0)).sum(1), pairs)
+    return _mean_of(pairs, jnp.concatenate([pairs.same, weights], 1), jnp.concatenate([near, far], 1), negatives)
 
 
 def _check(margin: float, negatives: str, *names: str) -> None:
@@ -338,10 +353,19 @@ def _mean(values: Array, there: Array) -> Array:
     return (values * there).sum((-2, -1)) / jnp.maximum(there.sum(), 1)
 
 
-# What ALA's controller is told of each element of phi [E, 2]: of a transform its means over positives and over
-# negatives; of a sharpness the mean distance of its own kind of pairs and that of the other.
-SIGNALS: dict[str, Callable[[Pairs], Array]] = {
-    "triplet_mixture": _of_mixture,
-    "margin_mixture": _of_mixture,
-    "focal_triplet": _of_focal,
+class Signals(NamedTuple):
+    """What ALA's controller is told of each element of phi, and between which bounds it moves them."""
+
+    # -> [E, 2]: of a transform its means over positives and over negatives; of a sharpness the mean distance of its own
+    # kind of pairs and that of the other
+    of: Callable[[Pairs], Array]
+    low: float
+    high: float = 1.0
+
+
+# A mixture stays increasing: a policy that knows nothing yet would else turn it around, and the student with it.
+SIGNALS: dict[str, Signals] = {
+    "triplet_mixture": Signals(_of_mixture, 0.0),
+    "margin_mixture": Signals(_of_mixture, 0.0),
+    "focal_triplet": Signals(_of_focal, -1.0),
 }

@@ -113,9 +113,9 @@ def _moved(parts: Parts) -> Moved:
 
     def signals_of(outputs: PyTree, targets: PyTree) -> Array:
         read = views[READS](outputs, targets)
-        return signals(pairs_of(read.outputs, read.targets))
+        return signals.of(pairs_of(read.outputs, read.targets))
 
-    return elements(taught_loss(parts), signals_of)
+    return elements(taught_loss(parts), signals_of, signals.low, signals.high)
 
 
 def _ala(parts: Parts, learn: bool) -> Method:

@@ -97,7 +97,7 @@ def pairs_of_classes(num_classes: int) -> Moved:
 
     return Moved(
         bilinear(num_classes=num_classes),
-        np.full((num_classes, num_classes), math.log(num_classes), np.float32),
+        np.full((num_classes, num_classes), math.log(num_classes)),
         num_classes * (num_classes - 1),
         look,
         pair_policy.pair_features,
@@ -106,12 +106,13 @@ def pairs_of_classes(num_classes: int) -> Moved:
     )
 
 
-def elements(loss: Loss, signals: Callable[[PyTree, PyTree], Array]) -> Moved:
+def elements(loss: Loss, signals: Callable[[PyTree, PyTree], Array], low: float = -1.0, high: float = 1.0) -> Moved:
     """The elements of a vector phi [E] of a loss.
 
     Args:
       loss: its parameters have "phi" [E]; others stay as they begin.
       signals: (outputs, targets) of a validation batch -> two numbers that tell of each element, [E, 2].
+      low, high: bounds of the elements.
     Raises:
       ValueError: the loss has no such parameters.
     Source: ours, after ALA's pairs of classes; before anything was seen the policy is told of zeros.
@@ -126,11 +127,11 @@ def elements(loss: Loss, signals: Callable[[PyTree, PyTree], Array]) -> Moved:
 
     return Moved(
         loss,
-        np.zeros((count, 2), np.float32),
+        np.zeros((count, 2)),
         count,
         look,
         pair_policy.element_features,
-        pair_policy.move_all,
+        partial(pair_policy.move_all, low=low, high=high),
         lambda key, some: (jnp.arange(count) if some == count else jax.random.permutation(key, count)[:some],),
     )
 

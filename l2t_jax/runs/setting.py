@@ -239,7 +239,7 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
     settings, examples = config.settings, dataset.examples
     strata, blocks = TASKS[config.task].strata, None
     if task is not None and task.together > 1 and strata is not None:
-        blocks = Blocks(strata(dataset), task.together)
+        blocks = Blocks(strata(dataset), task.together, task.apart)
     try:
         plan = Plan(
             rounds=1,
@@ -249,7 +249,7 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
             validation_ratio=dataset.meta / examples if dataset.meta else settings.validation_ratio,
             examples=examples,
             stages=STAGES[settings.second_stage],
-            fixed_split=dataset.meta > 0,
+            fixed_split=dataset.meta > 0 or (blocks is not None and blocks.apart),
             blocks=blocks,
         )
     except ValueError as error:

@@ -50,6 +50,7 @@ def metric_learning(
     per_class: int = 5,
     side: int = 0,
     loss: str = "triplet_mixture",
+    validate: str = "examples",
     axis_name: str | None = None,
 ) -> Task:
     """Build the task of a set whose training and test classes are disjoint.
@@ -65,6 +66,8 @@ def metric_learning(
       per_class: examples of a class that stand together in a batch, as far as the classes have so many.
       side: images are resized to so many pixels; 0: what suits the data set.
       loss: triplet_mixture, margin_mixture or focal_triplet, what L2T-DLN and ALA teach.
+      validate: examples, the validation part has other examples of the training classes; or classes, it has other
+        classes, the same ones throughout a run.
       axis_name: mapped axis over which batches are divided, if any.
     Raises:
       ValueError: a knob is out of range.
@@ -81,6 +84,8 @@ def metric_learning(
         raise ValueError(f"side={side} is no size of an image in pixels: give a positive one, or 0.")
     if loss not in TAUGHT:
         raise ValueError(f"loss={loss} cannot be taught here: choose one of {', '.join(TAUGHT)}.")
+    if validate not in ("examples", "classes"):
+        raise ValueError(f"validate={validate}: choose examples or classes.")
     require("weight" not in dataset.train, f"{dataset.name}: examples have weights, and pairs of them have none.")
     mean, std = np.asarray(info.mean, np.float32), np.asarray(info.std, np.float32)
     stored = "image" in dataset.train
@@ -118,6 +123,7 @@ def metric_learning(
         draws=info.augment and not stored,
         read=read if stored else None,
         together=per_class,
+        apart=validate == "classes",
         loss=loss,
     )
 

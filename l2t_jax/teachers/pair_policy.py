@@ -78,9 +78,9 @@ def move(phi: Array, actions: Array, beta: float) -> Array:
     return jnp.where(jnp.eye(len(phi), dtype=bool), phi, move_all(phi, actions, beta))
 
 
-def move_all(phi: Array, actions: Array, beta: float) -> Array:
-    """Phi' = clip(Phi + a, -1, 1) of every element; Phi [...], actions [...] in 0, 1, 2."""
-    return jnp.clip(phi + beta * (actions - STAY).astype(phi.dtype), -1, 1)
+def move_all(phi: Array, actions: Array, beta: float, low: float = -1, high: float = 1) -> Array:
+    """Phi' = clip(Phi + a, low, high) of every element; Phi [...], actions [...] in 0, 1, 2."""
+    return jnp.clip(phi + beta * (actions - STAY).astype(phi.dtype), low, high)
 
 
 def entropy(policy: tuple[Layer, ...], features: Array) -> Array:
