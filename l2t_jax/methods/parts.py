@@ -11,12 +11,14 @@ from l2t_jax.data.order import Plan
 from l2t_jax.inputs import known
 from l2t_jax.knobs import knobs_for
 from l2t_jax.losses import LOSSES, build_loss, check_loss
+from l2t_jax.optimizers import inverse_sqrt
 from l2t_jax.presets import Preset
 from l2t_jax.types import How, Loss, Student, Task, Teacher
 
 SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # first rate, steps -> the rate of each step
     "constant": lambda rate, steps: rate,
     "cosine": optax.cosine_decay_schedule,
+    "inverse_sqrt": inverse_sqrt,
 }
 
 

@@ -27,7 +27,7 @@ from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks import TASKS, load
+from l2t_jax.tasks import TASKS, TaskSpec, load
 from l2t_jax.tasks.own import with_class_weight, with_clean, with_labels
 from l2t_jax.tasks.reading import behind
 from l2t_jax.types import Array, Batch, How, Key, Loss, Method, MethodState, PyTree, Student, Task, Teacher
@@ -96,7 +96,7 @@ def build_setting(
             f"--method={lost[0]} takes no weights of examples: leave it out, or --class_weight and other weights."
         )
     try:
-        task = spec.build(dataset, **config.task_knobs)
+        dataset, task = build_task(spec, dataset, config.task_knobs)
     except DataError:
         raise
     except ValueError as error:  # which begins with the knob
@@ -126,6 +126,15 @@ def build_setting(
     )
     setting = Setting(config, options, dataset, layout, parts, inputs)
     return setting, build_entries(config.methods, parts, options.teacher_from is not None, own.methods)
+
+
+def build_task(spec: TaskSpec, dataset: Dataset, knobs: Mapping[str, Any]) -> tuple[Dataset, Task]:
+    """The data set as the task reads it, and the task; each takes those of the knobs that are its own."""
+    if spec.encode is not None:
+        own = knobs_of(spec.encode)
+        dataset = spec.encode(dataset, **{name: value for name, value in knobs.items() if name in own})
+        knobs = {name: value for name, value in knobs.items() if name not in own}
+    return dataset, spec.build(dataset, **knobs)
 
 
 def build_entries(

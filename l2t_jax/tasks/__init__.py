@@ -12,11 +12,13 @@ from l2t_jax.tasks.detection import DETECTION
 from l2t_jax.tasks.evaluation import evaluate, measure_all
 from l2t_jax.tasks.segmentation import SEGMENTATION
 from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
+from l2t_jax.tasks.translation import TRANSLATION
 
 TASKS: dict[str, TaskSpec] = {
     "classification": dataclasses.replace(CLASSIFICATION, open=own.open_path),
     "segmentation": SEGMENTATION,
     "detection": DETECTION,
+    "translation": TRANSLATION,
 }
 
 
