@@ -52,7 +52,7 @@ def read_pairs(folder: Path) -> Pairs:
 
 def _part(folder: Path, names: Sequence[str], languages: tuple[str, str]) -> dict[str, np.ndarray]:
     there = [name for name in names if any((folder / f"{name}.{language}").is_file() for language in languages)]
-    require(bool(there), f"{folder} has no {names[0]}.{languages[0]} and {names[0]}.{languages[1]}.")
+    require(bool(there), f"{folder} has no {names[0]}.{languages[0]} and {names[0]}.{languages[1]}: put them there.")
     paths = [folder / f"{there[0]}.{language}" for language in languages]
     source, target = (_lines(path) for path in paths)
     require(
@@ -110,22 +110,23 @@ def read_pairs_tfds(data_dir: Path, download: bool, name: str, languages: tuple[
     return Pairs(train, test, languages)
 
 
-# A language pair that is made here: words are translated one by one, adjectives follow their noun, the verb ends.
+# A language pair that is made here: words are translated one by one, adjectives follow their noun, the verb is last.
 
-_THINGS = dict(
-    tiro="hund", bako="katze", lemu="vogel", sati="baum", nopu="haus", kide="stein", rulo="fisch", meva="kind"
-)
-_QUALITIES = dict(gor="gross", pli="klein", zun="rot", fex="blau", tash="alt", wim="neu")
-_ACTIONS = dict(dravo="sieht", hesto="sucht", kilno="findet", jamo="liebt", vurso="traegt")
-_MARKS = {"ta": "der", "un": "ein", "eth": "und"}
+_THINGS = {
+    **{"tir": "hund", "bak": "katze", "lem": "vogel", "sat": "baum"},
+    **{"nop": "haus", "kid": "stein", "rul": "fisch", "mev": "kind"},
+}
+_QUALITIES = {"gor": "gross", "pli": "klein", "zun": "rot", "fex": "blau", "tash": "alt", "wim": "neu"}
+_ACTIONS = {"drav": "sieht", "hest": "sucht", "kiln": "findet", "jamo": "liebt", "vurs": "traegt"}
+_MARKS = {"ta": "der", "un": "ein"}
 MADE = ("made", "up")
 
 
 def made_pairs(n_train: int = 2000, n_test: int = 200, seed: int = 0) -> Pairs:
     """Sentences of a made-up language, and their translations by a rule that can be learned.
 
-    "ta gor tiro dravo un bako" is "der hund gross ein katze sieht": each word has one translation, an adjective follows its
-    noun, the verb ends its clause. No test sentence is trained on.
+    "ta gor tir drav un bak" is "der hund gross ein katze sieht": each word has one translation, an adjective follows
+    its noun, the verb comes last. No test sentence is trained on.
 
     Args:
       n_train: pairs to train on.
@@ -144,17 +145,10 @@ def made_pairs(n_train: int = 2000, n_test: int = 200, seed: int = 0) -> Pairs:
         told = [_MARKS[mark], _THINGS[noun], *(_QUALITIES[q] for q in qualities)]
         return [mark, *qualities, noun], told
 
-    def clause() -> tuple[list[str], list[str]]:
-        (subject, told), (thing_seen, told_seen), verb = thing(), thing(), pick(_ACTIONS)
-        return [*subject, verb, *thing_seen], [*told, *told_seen, _ACTIONS[verb]]
-
     pairs: dict[str, str] = {}
     while len(pairs) < n_train + n_test:
-        source, target = clause()
-        if random.random() < 0.25:
-            more, more_told = clause()
-            source, target = [*source, "eth", *more], [*target, _MARKS["eth"], *more_told]
-        pairs[" ".join(source)] = " ".join(target)
+        (subject, told), (seen, told_seen), verb = thing(), thing(), pick(_ACTIONS)
+        pairs[" ".join([*subject, verb, *seen])] = " ".join([*told, *told_seen, _ACTIONS[verb]])
     sources, targets = _objects(list(pairs)), _objects(list(pairs.values()))
     parts = (slice(n_train), slice(n_train, None))
     train, test = ({"source": sources[part], "target": targets[part]} for part in parts)

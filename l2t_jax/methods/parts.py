@@ -22,6 +22,9 @@ SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # firs
 }
 
 
+MANY_CLASSES, RANK = 256, 8  # beyond so many the matrix of L2T-DLF is of so low a rank
+
+
 class Parts(NamedTuple):
     """What a method is composed of for one run.
 
@@ -100,6 +103,12 @@ def taught_loss(parts: Parts) -> Loss:
         return parts.loss
     knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
     return sound("l2t_dln", parts.loss, parts, **knobs)
+
+
+def dlf_loss(parts: Parts) -> tuple[str, dict[str, Any]]:
+    """The loss that L2T-DLF teaches, by name and knobs: of many classes the low-rank form, or where a rank is given."""
+    rank = parts.knobs_of("l2t_dlf").get("rank", RANK if parts.classes > MANY_CLASSES else 0)
+    return ("bilinear_low_rank", {"rank": rank}) if rank else ("bilinear", {})
 
 
 def is_of_classes(loss: Loss) -> bool:

@@ -194,10 +194,9 @@ def build_student(config: Config, task: Task, example: Batch, axis_name: str | N
         inputs = seen_by(student, _zeros(example.inputs))
         variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
         outputs, _ = jax.eval_shape(lambda variables, x: student.apply(variables, x, False), variables, inputs)
-    except ValueError as error:
-        raise UsageError(
-            f"--student={config.student} does not fit --dataset={config.dataset}: {error}{hint}"
-        ) from error
+    except Exception as error:  # what is for one kind of inputs may fail in any way for another
+        told = str(error) if isinstance(error, ValueError) else f"it cannot read its inputs ({in_a_line(error)})."
+        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {told}{hint}") from error
     try:
         jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
     except Exception as error:  # what is for one kind of outputs may fail in any way for another

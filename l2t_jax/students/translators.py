@@ -42,7 +42,7 @@ class Attention(nn.Module):
 
 
 class Layer(nn.Module):
-    """A layer of either side: attention to itself, of a decoder attention to the source, two dense layers; all post-norm."""
+    """Post-norm layer of either side: attention to itself, a decoder's to the source, two dense layers."""
 
     width: int
     hidden: int
@@ -81,7 +81,9 @@ class Layer(nn.Module):
         """Map x [B, T, d], with what is kept of itself and of the source and where it may look there."""
         x = self.norm(x + dropout(self.itself(x, *kept, mask), self.dropout, keys, self.place))
         if self.decodes:
-            x = self.across_norm(x + dropout(self.across(x, *source, seen), self.dropout, keys, self.place + 1))
+            x = self.across_norm(
+                x + dropout(self.across(x, source[0], source[1], seen), self.dropout, keys, self.place + 1)
+            )
         inner = nn.relu(self.up(x))
         return self.last_norm(x + dropout(self.down(inner), self.dropout, keys, self.place + 2))
 
@@ -213,7 +215,7 @@ class Recurrent(nn.Module):
 
     def step(self, memory: PyTree, cache: PyTree, ids: Array, t: Array) -> tuple[Array, PyTree]:
         """Logits [B, V] of what follows the ids [B], and the states then."""
-        logits, after = self._decode(ids[:, None], *memory, cache)
+        logits, after = self._decode(ids[:, None], memory[0], memory[1], cache)
         return logits[:, 0], after
 
 
@@ -274,7 +276,7 @@ def lstm(layers: int, *, num_classes: int, width: int = 256, dropout: float = 0.
     Raises:
       ValueError: a size is below 1, or dropout is not in [0, 1).
     Source: Luong et al. 2015. L2T-DLF's LSTM-1 and LSTM-2 are not described in what is at hand; 256 units are those of
-    Wiseman & Rush 2016, without feeding the last attention back into the cells (ours: so attention is computed at once).
+    Wiseman & Rush 2016, without feeding attention back into the cells (ours: so that it is computed at once).
     """
     require_positive(num_classes=num_classes, layers=layers, width=width)
     return _student(Recurrent(num_classes, width, layers, dropout), dropout)

@@ -17,20 +17,27 @@ class _Search(NamedTuple):
     t: Array  # [] ids written
     live: Array  # [B, k] log-probabilities of what goes on
     ids: Array  # [B, k, T] of it
-    last: Array  # [B, k] the last of them
+    newest: Array  # [B, k] the last of them
     cache: PyTree  # leaves [B k, ...]
     ended: Array  # [B, k] scores of what has ended; -inf: nothing yet
     ended_ids: Array  # [B, k, T]
 
 
 def beam_search(
-    student: Student, variables: dict[str, PyTree], source: Array, *, beam: int, steps: int, penalty: float = 1.0
+    student: Student,
+    variables: dict[str, PyTree],
+    source: Array,
+    *,
+    beam: int,
+    steps: int,
+    penalty: float = 1.0,
+    most: Array | None = None,
 ) -> tuple[Array, Array]:
     """Search for y of the largest sum_t log p(y_t | y_<t, x) / |y|^a, END counted in |y|.
 
     In each step the 2 k best continuations of all beams are looked at. Those of them that end and are among the best k
-    have ended; the best k of the others go on. A sentence is done when k have ended, or after T ids, the last of which
-    is END. With one beam it is greedy.
+    have ended; the best k of the others go on. A sentence is done when k have ended, or after the most ids it may have,
+    the last of which is END. With one beam it is greedy.
 
     Args:
       student, variables: `stepwise`, where the student has it; else each step asks `apply` for the whole again.
@@ -38,6 +45,7 @@ def beam_search(
       beam: k.
       steps: T.
       penalty: a; 1 is the mean, 0 the sum.
+      most: ids of each sentence [B], at most T, which it is by default.
     Returns:
       ids [B, T], PAD after END, and their scores [B].
     Source: the rule of fairseq's generator, which is of Sutskever et al. 2014 with lengths of Wu et al. 2016, a power.
@@ -47,20 +55,22 @@ def beam_search(
     assert student.stepwise is not None
     begin, step = student.stepwise
     batch, which = source.shape[0], jnp.arange(source.shape[0])[:, None]
+    last = jnp.full(batch, steps) if most is None else most
     repeat = lambda tree: jax.tree.map(lambda x: jnp.repeat(x, beam, axis=0), tree)  # noqa: E731
     memory, cache = begin(variables, source, steps)
     memory, cache = repeat(memory), repeat(cache)
 
     def going_on(search: _Search) -> Array:
-        return (search.t < steps) & ~jnp.all(_full(search.ended))
+        return (search.t < steps) & ~jnp.all(_full(search.ended) | (search.t >= last))
 
     def advance(search: _Search) -> _Search:
         t = search.t
-        logits, cache = step(variables, memory, search.cache, search.last.ravel(), t)
+        logits, cache = step(variables, memory, search.cache, search.newest.ravel(), t)
         classes = logits.shape[-1]
         chances = jax.nn.log_softmax(logits).reshape(batch, beam, classes)
-        ids = jnp.arange(classes)
-        allowed = (ids != PAD) & (ids != BEGIN) & ((t < steps - 1) | (ids == END))
+        kinds = jnp.arange(classes)
+        over = (t >= last - 1)[:, None, None]
+        allowed = (kinds != PAD) & (kinds != BEGIN) & (~over | (kinds == END))
         total = jnp.where(allowed, search.live[..., None] + chances, -jnp.inf)
         best, place = lax.top_k(total.reshape(batch, -1), min(2 * beam, beam * classes))  # [B, 2 k]
         parent, token = place // classes, (place % classes).astype(jnp.int32)
@@ -73,8 +83,8 @@ def beam_search(
         live, chosen = lax.top_k(jnp.where(ends, -jnp.inf, best), beam)
         parent = parent[which, chosen]
         pick = lambda x: x.reshape(batch, beam, *x.shape[1:])[which, parent].reshape(x.shape)  # noqa: E731
-        going = written[which, chosen], token[which, chosen]
-        return _Search(t + 1, live, *going, jax.tree.map(pick, cache), ended, ended_ids)
+        ids, newest = written[which, chosen], token[which, chosen]
+        return _Search(t + 1, live, ids, newest, jax.tree.map(pick, cache), ended, ended_ids)
 
     dtype = jax.eval_shape(step, variables, memory, cache, jnp.zeros(batch * beam, jnp.int32), jnp.int32(0))[0].dtype
     nothing = jnp.full((batch, beam), -jnp.inf, dtype)
@@ -99,7 +109,8 @@ def _by_apply(student: Student) -> Stepwise:
         variables: dict[str, PyTree], source: PyTree, written: PyTree, ids: Array, t: Array
     ) -> tuple[Array, PyTree]:
         written = lax.dynamic_update_slice_in_dim(written, ids[:, None], t, 1)
-        logits, _ = student.apply(variables, (source, written), False)
+        inputs: PyTree = (source, written)
+        logits, _ = student.apply(variables, inputs, False)
         return lax.dynamic_index_in_dim(logits, t, 1, keepdims=False), written
 
     return Stepwise(begin, step)

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax.data import DataError, Dataset, require
+from l2t_jax.data import DataError, Dataset, at, require
 from l2t_jax.data.subwords import BEGIN, END, PAD, Subwords, train_subwords
 from l2t_jax.data.text import Pairs, made_pairs, read_pairs, read_pairs_tfds
 from l2t_jax.losses.cross_entropy import cross_entropy
@@ -22,7 +22,7 @@ from l2t_jax.tasks.spec import TaskSpec
 from l2t_jax.types import Array, Batch, Errors, Key, Metric, PyTree, Read, Student, Task
 from l2t_jax.unroll import each_example
 
-ROOM = 1.5, 5  # a translation may have so many times the subwords of the longest source, and so many more
+ROOM = 1.5, 5  # a translation may have so many times the subwords of its source, and so many more
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -52,8 +52,8 @@ def encode(dataset: Dataset, *, vocabulary: int = 0, max_length: int = 0, revers
         test set; 0: what suits the data set.
       reverse: translate the other way.
     Returns:
-      int32 {"source" [n, S], "target" [n, T]}, END after each and PAD after that; of the test set the texts too,
-      "text" and "reference", uint8 padded with zeros.
+      int32 {"source" [n, S], "target" [n, T]}, END after each and PAD after that; of the test set, sorted by the
+      length of its sources, the texts too, "text" and "reference", uint8 padded with zeros.
     Raises:
       DataError: the training text has not so many subwords, or no pair is short enough.
       ValueError: a length that is none.
@@ -79,6 +79,9 @@ def encode(dataset: Dataset, *, vocabulary: int = 0, max_length: int = 0, revers
         "text": _as_bytes(test["source"]),
         "reference": _as_bytes(test["target"]),
     }
+    # Those that are translated together are of like length, so that they end together.
+    order = np.argsort((encoded["source"] != PAD).sum(1), kind="stable")
+    encoded = at(encoded, order)
     whole = dataclasses.replace(dataset, train={side: _padded(of) for side, of in ids.items()}, test=encoded)
     kept = whole.take(short)
     # No longer than what is kept: padding costs time.
@@ -130,6 +133,7 @@ def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0)
         raise ValueError(f"length_penalty={length_penalty!r} is not a finite number: 1 compares means, 0 sums.")
     info: Sentences = dataset.info
     subwords = Subwords(info.model)
+    sacrebleu_kinds()  # now, and not where a run ends
 
     def gather(data: PyTree, indices: Array, keys: Key | None) -> Batch:
         source, target = data["source"][indices], data["target"][indices]
@@ -140,16 +144,17 @@ def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0)
     def measure(student: Student, variables: dict[str, PyTree], batch: Batch) -> PyTree:
         source, _ = batch.inputs
         outputs, _ = student.apply(variables, batch.inputs, False)
-        values, weight = error(outputs, batch.targets)
-        counted = weight.reshape(batch.targets.shape)
-        steps = int(ROOM[0] * source.shape[1]) + ROOM[1]
-        ids, _ = beam_search(student, variables, source, beam=beam, steps=steps, penalty=length_penalty)
+        counted = (batch.targets != PAD).astype(outputs.dtype)
+        values = error(outputs, batch.targets).values.reshape(counted.shape)
+        room = lambda length: (ROOM[0] * length).astype(int) + ROOM[1]  # noqa: E731
+        search = partial(beam_search, beam=beam, steps=int(room(np.int64(source.shape[1]))), penalty=length_penalty)
+        ids, _ = search(student, variables, source, most=room(jnp.sum(source != PAD, axis=1)))
         return {
             "ids": ids,
             "reference": batch.true,
             "subwords": counted.sum(1),
             "right": jnp.sum(counted * (outputs.argmax(-1) == batch.targets), axis=1),
-            "error": jnp.sum(counted * values.reshape(counted.shape), axis=1),
+            "error": jnp.sum(counted * values, axis=1),
         }
 
     return Task(
@@ -188,9 +193,7 @@ def tokens(outputs: Array, targets: Array) -> Read:
 def error(outputs: Array, targets: Array) -> Errors:
     """-log p of each subword [R]; see `tokens`."""
     read = tokens(outputs, targets)
-    weight = read.weight
-    assert not isinstance(weight, tuple)
-    return Errors(cross_entropy(read.outputs, read.targets), weight)
+    return Errors(cross_entropy(read.outputs, read.targets), read.weight)
 
 
 def _metrics(outputs: Array, targets: Array) -> dict[str, Array]:
@@ -209,11 +212,10 @@ def bleu(hypotheses: Sequence[str], references: Sequence[str]) -> dict[str, floa
 
     Source: Papineni et al. 2002; Post 2018 (sacrebleu) for signatures.
     """
-    kinds = sacrebleu_kinds()
-    found = {}
-    for kind in kinds:
-        score = kind.corpus_score(list(hypotheses), [list(references)]).score
-        found |= {f"BLEU {kind.get_signature().format()}": float(score)}
+    found: dict[str, float] = {}
+    for kind in sacrebleu_kinds():
+        score = kind.corpus_score(list(hypotheses), [list(references)]).score  # counted now, which the signature tells
+        found[f"BLEU {kind.get_signature().format()}"] = float(score)
     return {"BLEU": next(iter(found.values())), **found}
 
 
@@ -265,7 +267,7 @@ def _dataset(name: str, found: Pairs, vocabulary: int, max_length: int) -> Datas
 
 
 def _made(data_dir: Path, download: bool) -> Dataset:
-    return _dataset("made_up", made_pairs(), 64, 64)
+    return _dataset("made_up", made_pairs(), 128, 32)
 
 
 def _tfds(name: str, languages: tuple[str, str], vocabulary: int) -> Callable[[Path, bool], Dataset]:
