@@ -41,17 +41,17 @@ def _by_task(flag: str) -> str:
     return ", ".join(f"{spec.defaults[flag]} for {name}" for name, spec in TASKS.items())
 
 
-def _knobs(builders: dict[str, Callable[..., Any]]) -> dict[str, dict[str, Knob]]:
+def _knobs(builders: Iterable[tuple[str, Callable[..., Any]]]) -> dict[str, dict[str, Knob]]:
     """What can be set of builders: knob -> builder -> what it is there."""
     found: dict[str, dict[str, Knob]] = {}
-    for builder, build in builders.items():
+    for builder, build in builders:
         for name, knob in knobs_of(build).items():
             found.setdefault(name, {})[builder] = knob
     return found
 
 
-STUDENT_KNOBS = _knobs(STUDENTS)
-TASK_KNOBS = _knobs({name: spec.build for name, spec in TASKS.items()})
+STUDENT_KNOBS = _knobs(STUDENTS.items())
+TASK_KNOBS = _knobs((name, build) for name, spec in TASKS.items() for build in spec.builders)
 
 
 def _define_knob(what: str, name: str, of: dict[str, Knob]) -> None:

@@ -19,6 +19,26 @@ from l2t_jax.types import PyTree, Teacher
 FIRST = 6  # steps; optax.radam is unlike itself in so many
 
 
+WARM_UP, SHARE = 4000, 10  # steps at most, and one in so many of a run
+
+
+def inverse_sqrt(rate: float, steps: int) -> optax.Schedule:
+    """Build the rate min(t / w, sqrt(w / t)) of the t-th step, t = 1, 2, ...: it rises for w steps, and then falls.
+
+    Args:
+      rate: the highest, of step w.
+      steps: of the run; w is a tenth of them, at least 1 and at most 4000.
+    Source: Vaswani et al. 2017, 5.3, with w = 4000 in runs of many times that; the tenth is ours, for shorter ones.
+    """
+    warm_up = min(WARM_UP, max(1, steps // SHARE))
+
+    def at(count: jax.typing.ArrayLike) -> jax.Array:
+        t = jnp.asarray(count) + 1.0
+        return rate * jnp.minimum(t / warm_up, jnp.sqrt(warm_up / t))
+
+    return at
+
+
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
     """Build g <- g min(1, c / |g|), |g| the norm over all leaves, with a derivative everywhere but at |g| = c.
 

@@ -22,7 +22,7 @@ class Batch(NamedTuple):
     inputs: PyTree  # leaves [B, ...]
     targets: PyTree  # leaves [B, ...]; [B] int32 for classification
     weight: Array | tuple[()] = ()  # [B] how much an example counts, 0 for padding; (): all alike
-    # [B] the targets before they were corrupted, where known: for records, not for methods
+    # [B, ...] the targets before they were corrupted or made into ids, where known: for records, not for methods
     true: Array | tuple[()] = ()
     key: Key | tuple[()] = ()  # [B] for what a student draws at random; (): it draws nothing
 
@@ -91,6 +91,15 @@ def as_it_is(gradient: PyTree) -> PyTree:
     return gradient
 
 
+class Stepwise(NamedTuple):
+    """How a student that puts out a sequence is asked for one place after the other."""
+
+    # (variables, source [B, S], steps) -> what all steps read, and what is handed on from step to step; leaves [B, ...]
+    begin: Callable[[dict[str, PyTree], Array, int], tuple[PyTree, PyTree]]
+    # (variables, what is read, what is handed on, ids [B], place t []) -> logits [B, V] of what follows, handed on
+    step: Callable[[dict[str, PyTree], PyTree, PyTree, Array, Array], tuple[Array, PyTree]]
+
+
 def unscheduled(params: PyTree, progress: Array) -> PyTree:
     """The schedule of a loss that has none."""
     return params
@@ -122,6 +131,7 @@ class Student(NamedTuple):
     # each example, so that how a batch is divided over devices changes nothing; without keys they draw nothing
     draws: bool = False
     backbone: Backbone | None = None  # what comes before all of this and is not trained
+    stepwise: Stepwise | None = None  # of one that writes sequences; None: each place asks `apply` anew
 
 
 class StudentState(NamedTuple):

@@ -91,12 +91,21 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
         *(f"{name} --student=yolov3" for name in (*NO_NAME, "head")),
     ),
     "fresh_head": (*NO_SWITCH, "true"),
-    # Of other tasks; what of them is wrong there: test_segmentation.py, test_detection.py.
+    # Of other tasks; what of them is wrong there: test_segmentation.py, test_detection.py,
+    # test_translation.py.
     "crop": (*NO_COUNT[2:], "33"),
     "window": (*NO_COUNT[2:], "33"),
     "scales": ("1",),
     "mirror": (*NO_SWITCH, "true"),
     "size": (*NO_COUNT[2:], "416"),
+    "vocabulary": (*NO_COUNT[2:], "100"),
+    "max_length": (*NO_COUNT[2:], "32"),
+    "reverse": (*NO_SWITCH, "true"),
+    "beam": (*NO_COUNT[2:], "5"),
+    "length_penalty": ("x", "1"),
+    "hidden": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
+    "heads": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
+    "layers": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (

@@ -17,7 +17,9 @@ DOORS = {
     "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),
     "faster_coco_eval": ("boxes.py",),
+    "sacrebleu": ("translation.py",),
     "safetensors": ("state_dicts.py",),
+    "sentencepiece": ("subwords.py",),
     "torch": ("state_dicts.py",),
 }
 FILES = sorted((ROOT / "l2t_jax").rglob("*.py"))

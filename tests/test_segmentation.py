@@ -691,7 +691,6 @@ def test_methods_run_on_pixels_or_say_that_they_do_not(name):
 
 EXAMPLES = "it is of examples that are classified, and this task's rows are parts of them"
 REFUSED = {
-    "l2t_dlf": EXAMPLES,
     "ala": EXAMPLES,
     "large_margin_softmax": "this loss reads 'head', and the task offers rows",
     "sum_of_terms": "this loss reads 'terms', and the task offers rows",

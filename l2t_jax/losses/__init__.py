@@ -6,7 +6,7 @@ from typing import Any
 
 from l2t_jax.inputs import known
 from l2t_jax.losses.adaptive_robust import adaptive_robust
-from l2t_jax.losses.bilinear import bilinear
+from l2t_jax.losses.bilinear import bilinear, bilinear_low_rank
 from l2t_jax.losses.checking import LossError, check_loss
 from l2t_jax.losses.common import check_classes, fixed, make_loss
 from l2t_jax.losses.cross_entropy import cross_entropy
@@ -41,6 +41,7 @@ LOSSES: dict[str, Callable[..., Loss]] = {
     "pairwise_aucroc": fixed(pairwise_aucroc, reads=BATCH),
     "dln": dln,
     "bilinear": bilinear,
+    "bilinear_low_rank": bilinear_low_rank,
     "ml3": ml3,
     "taylor_glo": taylor_glo,
     "weight_net": weight_net,

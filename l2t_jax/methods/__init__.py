@@ -19,7 +19,15 @@ from l2t_jax.methods.l2t_dlf import l2t_dlf
 from l2t_jax.methods.l2t_dln import l2t_dln
 from l2t_jax.methods.mentornet import mentornet
 from l2t_jax.methods.meta_weight_net import meta_weight_net
-from l2t_jax.methods.parts import Parts, build_teacher_optimizer, is_of_classes, sound, taught_loss, teacher_arguments
+from l2t_jax.methods.parts import (
+    Parts,
+    build_teacher_optimizer,
+    dlf_loss,
+    is_of_classes,
+    sound,
+    taught_loss,
+    teacher_arguments,
+)
 from l2t_jax.methods.slf import slf
 from l2t_jax.teachers import build_teacher, from_optax
 from l2t_jax.types import Array, Method, PyTree, Teacher, rows
@@ -97,7 +105,7 @@ def _l2t_dlf(parts: Parts, learn: bool) -> Method:
         num_classes=parts.classes,
         steps=parts.steps,
         learn=learn,
-        **parts.knobs_of("l2t_dlf"),
+        **(dlf_loss(parts)[1] | parts.knobs_of("l2t_dlf")),
         **parts.shared,
     )
 
@@ -170,7 +178,8 @@ def _mentornet(curriculum: str, name: str) -> Callable[[Parts], Method]:
 
 def _untaught(parts: Parts, learn: bool) -> Method:
     """The loss of L2T-DLF and ALA as it is before any teaching."""
-    loss = build_loss("bilinear", parts.classes)._replace(learned="no")
+    name, knobs = dlf_loss(parts)
+    loss = build_loss(name, parts.classes, **knobs)._replace(learned="no")
     stages, axis_name = parts.plan.stages, parts.axis_name
     return fixed_loss(parts.student, parts.task, loss, parts.optimizer, stages=stages, axis_name=axis_name)
 
@@ -218,8 +227,8 @@ UNWEIGHTED = ("l2t_dlf", "l2rw", "mentornet", "mentornet_data_driven")
 # task's own errors and its own loss.
 _CLASSES = ("l2t_dlf", "slf", "meta_weight_net", "deep_interactions", "ml3", "adalfl", "taylor_glo", "bilinear")
 VIEWS: dict[str, tuple[str, ...]] = {**dict.fromkeys(_CLASSES, ("rows",)), "ala": ("rows", READS)}
-# Whose teacher is told of the outputs themselves, a row for each example: pixels have more.
-OF_EXAMPLES = ("l2t_dlf", "ala")
+# Whose policy is told of the outputs themselves, a row for each example: pixels have more.
+OF_EXAMPLES = ("ala",)
 
 
 def method_names(*, view: str | None = None) -> list[str]:

@@ -12,7 +12,7 @@ from jax import lax
 
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.inputs import known
-from l2t_jax.losses.bilinear import bilinear
+from l2t_jax.losses.bilinear import bilinear, bilinear_low_rank, distance, untaught
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.methods.common import finite, pull_of, stage_data, train_stage
 from l2t_jax.teachers.attention import (
@@ -25,8 +25,22 @@ from l2t_jax.teachers.attention import (
     saw_validation,
     state_features,
 )
-from l2t_jax.types import Array, Batch, How, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import init_state, keys_for, mean_over
+from l2t_jax.types import (
+    Array,
+    Batch,
+    Errors,
+    How,
+    Key,
+    Method,
+    MethodState,
+    PyTree,
+    Read,
+    RoundBatches,
+    Student,
+    StudentState,
+    Task,
+)
+from l2t_jax.unroll import both_weights, errors_of, init_state, keys_for, losses_for, mean_over, weighted_mean
 
 LIVES = ("windows", "whole")
 SHARPNESS = 50.0  # of the smoothed step of the demo
@@ -62,6 +76,7 @@ def l2t_dlf(
     measure: str = "probability",
     slots: int = 10,
     width: int = 16,
+    rank: int = 0,
     learn: bool = True,
     axis_name: str | None = None,
     **how: Unpack[How],
@@ -69,7 +84,8 @@ def l2t_dlf(
     """Build L2T-DLF.
 
     theta_{t+1} = theta_t - eta d/dtheta L_{Phi_t}(theta_t, batch_t), Phi_t = mu_tau(s_t), for N steps of a round; then
-    tau <- optimizer(d M(theta_N) / d tau), M a smoothed 0-1 error of the validation batch.
+    tau <- optimizer(d M(theta_N) / d tau), M a smoothed 0-1 error of the validation batch. What is classified is what
+    the task has as rows: examples, pixels, tokens.
 
     Args:
       student, task: the records that are composed.
@@ -81,12 +97,14 @@ def l2t_dlf(
         "whole" (Algorithm 1): every round is the life of a new student, N = T; that of the first round is `init`'s.
       measure: M: "probability" is 1 - p_y, "smooth" the demo's 2 sigmoid(50 (max_j p_j - p_y)) - 1.
       slots, width: of the attention.
+      rank: r of Phi = diag(c) + U V^T, see `bilinear_low_rank`: for a vocabulary; 0: the full matrix, as in the paper
+        on images.
       learn: False freezes tau; nothing is differentiated.
       axis_name: mapped axis over which batches are split, if any.
       **how: memory, at_once, check_gradient, as in `hypergradient`.
     Returns:
-      a `Method`. Its state is theta, the loss as the teacher would have it next ({"phi", "bias"}), tau, what it is told
-      of the student (and for "whole" a key and a count of lives), and the state of tau's optimizer.
+      a `Method`. Its state is theta, the loss as the teacher would have it next (parameters of `bilinear`), tau, what
+      it is told of the student (and for "whole" a key and a count of lives), and the state of tau's optimizer.
     Raises:
       ValueError: an unknown `life`, `measure` or `memory`; sizes that are too small; a "whole" round with N != T.
     Source: L2T-DLF (NeurIPS 2018), Algorithm 1 and its reverse-mode differentiation, in which s_t is a constant of
@@ -95,36 +113,46 @@ def l2t_dlf(
     the demo's; a student's features are its own, so those on validation data stay 0 within a "whole" life (ours).
     """
     _check(life, measure, num_classes=num_classes, steps=steps, slots=slots, width=width)
-    loss = bilinear(num_classes=num_classes)
+    loss = bilinear_low_rank(num_classes=num_classes, rank=rank) if rank else bilinear(num_classes=num_classes)
+    view, losses_of = dict(task.views)["rows"], losses_for(task, loss)
 
     def coefficients_at(tau: Attention, running: Running) -> PyTree:
         return coefficients(tau, state_features(running, num_classes=num_classes, steps=steps))
 
-    def observe(running: Running, outputs: Array, targets: Array, axis_name: str | None) -> Running:
-        if outputs.shape[-1] != num_classes:
+    def rows_of(outputs: PyTree, batch: Batch) -> Read:
+        read = view(outputs, batch.targets)
+        if read.outputs.shape[-1] != num_classes:
             raise ValueError(
-                f"the student has {outputs.shape[-1]} outputs and num_classes is {num_classes}: give that."
+                f"the student has {read.outputs.shape[-1]} outputs and num_classes is {num_classes}: give that."
             )
-        outputs = lax.stop_gradient(outputs)  # what is told of a student is a constant of every derivative
-        means = jax.tree.map(jnp.mean, _measured(outputs, targets))
+        return read._replace(weight=both_weights(read.weight, batch.weight, read.targets.shape[0]))
+
+    def observe(running: Running, outputs: PyTree, batch: Batch, axis_name: str | None) -> Running:
+        # What is told of a student is a constant of every derivative.
+        read = rows_of(lax.stop_gradient(outputs), batch)
+        measured = _measured(read.outputs, read.targets)
+        means = {name: weighted_mean(Errors(value, read.weight), axis_name) for name, value in measured.items()}
         return saw_batch(running, mean_over(axis_name, means))
 
     def inner(theta: PyTree, auxiliary: PyTree, tau: Attention, batch: Batch) -> tuple[Array, PyTree]:
         variables = {"params": theta, "batch_stats": auxiliary["batch_stats"]}
         outputs, stats = student.apply(variables, batch.inputs, True, *keys_for(student, batch))
-        running = observe(auxiliary["running"], outputs, batch.targets, axis_name)
-        losses = loss.apply(coefficients_at(tau, running), outputs, batch.targets)
-        return jnp.mean(losses), {"batch_stats": stats, "running": running._replace(steps=running.steps + 1)}
+        running = observe(auxiliary["running"], outputs, batch, axis_name)
+        losses = losses_of(coefficients_at(tau, running), outputs, batch)
+        auxiliary = {"batch_stats": stats, "running": running._replace(steps=running.steps + 1)}
+        return weighted_mean(losses, axis_name), auxiliary
 
     def outer(theta: PyTree, auxiliary: PyTree, batch: Batch) -> tuple[Array, PyTree]:
         variables = {"params": theta, "batch_stats": auxiliary["batch_stats"]}
         outputs, _ = student.apply(variables, batch.inputs, True)  # statistics as in `outer_objective`
-        values = {
-            "error": task.error(outputs, batch.targets),
-            "correct": _correct(outputs, batch.targets),
-            "task": task.metrics(outputs, batch.targets),
+        read = rows_of(outputs, batch)
+        mean = lambda values, weight: weighted_mean(Errors(values, weight), axis_name)  # noqa: E731
+        told = {
+            "error": weighted_mean(errors_of(task, outputs, batch), axis_name),
+            "correct": mean(_correct(read.outputs, read.targets), read.weight),
+            "task": {name: mean(values, batch.weight) for name, values in task.metrics(outputs, batch.targets).items()},
         }
-        return jnp.mean(MEASURES[measure](outputs, batch.targets)), jax.tree.map(jnp.mean, values)
+        return mean(MEASURES[measure](read.outputs, read.targets), read.weight), told
 
     differentiate = hypergradient(
         inner,
@@ -137,7 +165,7 @@ def l2t_dlf(
 
     def init(key: Key, inputs: Array) -> MethodState:
         k_student, _, k_teacher = jax.random.split(key, 3)  # as in l2t_dln: the same key gives the same student
-        tau = init_attention(k_teacher, num_classes=num_classes, slots=slots, width=width)
+        tau = init_attention(k_teacher, num_classes=num_classes, slots=slots, width=width, rank=rank)
         theta, running = init_state(student.init(k_student, inputs), student_optimizer), newborn()
         draws = {"key": jax.random.key_data(k_student), "lives": jnp.int32(0)} if life == "whole" else {}
         phi = jax.tree.map(jnp.copy, coefficients_at(tau, running))  # shares no buffer with tau
@@ -146,11 +174,11 @@ def l2t_dlf(
     def begin(state: MethodState, train: Batch) -> tuple[StudentState, dict[str, PyTree]]:
         if life == "windows":
             return state.student, state.carried
-        if train.targets.shape[0] != steps:
-            raise ValueError(f"a round has {train.targets.shape[0]} steps, a whole life {steps}: give N = T.")
+        if (length := jax.tree.leaves(train.targets)[0].shape[0]) != steps:
+            raise ValueError(f"a round has {length} steps, a whole life {steps}: give N = T.")
         lives = state.carried["lives"]
         key = jax.random.fold_in(jax.random.wrap_key_data(state.carried["key"]), lives)
-        drawn = student.init(key, jnp.zeros(train.inputs.shape[1:], train.inputs.dtype))
+        drawn = student.init(key, jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), train.inputs))
         variables = jax.tree.map(
             lambda new, old: jnp.where(lives == 0, old, new.astype(old.dtype)), drawn, state.student.variables
         )
@@ -170,13 +198,13 @@ def l2t_dlf(
             update, optimizer_state = teacher_optimizer.update(found.gradient, optimizer_state, tau)
             tau = optax.apply_updates(tau, update)
         phi = coefficients_at(tau, running)
-        moved = phi["phi"] - coefficients_at(tau, told["running"])["phi"]
+        moved = distance(phi, coefficients_at(tau, told["running"]))
         state = MethodState(theta, phi, tau, told | {"running": running}, optimizer_state)
-        return state, _metrics(found, state, moved)
+        return state, _metrics(found, state, moved, distance(phi, untaught(num_classes, rank)))
 
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         outputs, _ = student.apply(state.student.variables, batch.inputs, True)
-        running = observe(state.carried["running"], outputs, batch.targets, None)  # a record's batches are never split
+        running = observe(state.carried["running"], outputs, batch, None)  # a record's batches are never split
         phi = coefficients_at(state.teacher, running)
         return pull_of(student, task, loss, state.student.variables, phi, batch)
 
@@ -208,7 +236,7 @@ def _correct(outputs: Array, targets: Array) -> Array:
     return (jnp.argmax(outputs, axis=-1) == targets).astype(outputs.dtype)
 
 
-def _metrics(found: Hypergradient, state: MethodState, moved: Array) -> dict[str, Any]:
+def _metrics(found: Hypergradient, state: MethodState, moved: Array, away: Array) -> dict[str, Any]:
     return {
         "train_loss": jnp.mean(found.losses),
         "validation_error": found.metrics["error"],
@@ -216,8 +244,8 @@ def _metrics(found: Hypergradient, state: MethodState, moved: Array) -> dict[str
         "dlf_measure": found.error,
         "train_accuracy": state.carried["running"].train_accuracy,
         "hypergradient_norm": optax.tree.norm(found.gradient),
-        "phi_distance": jnp.linalg.norm(state.loss["phi"] - jnp.eye(len(moved), dtype=moved.dtype)),
-        "phi_movement": jnp.linalg.norm(moved),  # from the first state of the round to the last, under the new teacher
+        "phi_distance": away,  # from the identity
+        "phi_movement": moved,  # from the first state of the round to the last, under the new teacher
         "class_bias_norm": jnp.linalg.norm(state.loss["bias"]),
         "finite": finite(
             ("student", state.student.params),

@@ -11,13 +11,18 @@ from l2t_jax.data.order import Plan
 from l2t_jax.inputs import known
 from l2t_jax.knobs import knobs_for
 from l2t_jax.losses import LOSSES, build_loss, check_loss
+from l2t_jax.optimizers import inverse_sqrt
 from l2t_jax.presets import Preset
 from l2t_jax.types import How, Loss, Student, Task, Teacher
 
 SCHEDULES: dict[str, Callable[[float, int], optax.ScalarOrSchedule]] = {  # first rate, steps -> the rate of each step
     "constant": lambda rate, steps: rate,
     "cosine": optax.cosine_decay_schedule,
+    "inverse_sqrt": inverse_sqrt,
 }
+
+
+MANY_CLASSES, RANK = 256, 8  # beyond so many the matrix of L2T-DLF is of so low a rank
 
 
 class Parts(NamedTuple):
@@ -98,6 +103,12 @@ def taught_loss(parts: Parts) -> Loss:
         return parts.loss
     knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
     return sound("l2t_dln", parts.loss, parts, **knobs)
+
+
+def dlf_loss(parts: Parts) -> tuple[str, dict[str, Any]]:
+    """The loss that L2T-DLF teaches, by name and knobs: of many classes the low-rank form, or where a rank is given."""
+    rank = parts.knobs_of("l2t_dlf").get("rank", RANK if parts.classes > MANY_CLASSES else 0)
+    return ("bilinear_low_rank", {"rank": rank}) if rank else ("bilinear", {})
 
 
 def is_of_classes(loss: Loss) -> bool:

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import jax
 
 from l2t_jax.losses import LOSSES, build_loss
-from l2t_jax.methods.parts import Parts, dln_arguments
+from l2t_jax.methods.parts import Parts, dlf_loss, dln_arguments
 from l2t_jax.runs.records import load_arrays, save_arrays, write_json
 from l2t_jax.runs.setting import Setting
 from l2t_jax.types import Loss, MethodState, PyTree
 
 # The loss of a method that is none of `LOSSES` by its own name; those that are not here have none by itself.
-LOSS_OF = {"l2t_dlf": "bilinear", "ala": "bilinear", "ml3": "ml3", "adalfl": "ml3", "taylor_glo": "taylor_glo"}
+LOSS_OF = {"ala": "bilinear", "ml3": "ml3", "adalfl": "ml3", "taylor_glo": "taylor_glo"}
 
 
 class Final(NamedTuple):
@@ -78,6 +78,9 @@ def loss_of(entry: str, parts: Parts) -> dict[str, Any] | None:
             return None
         knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
         return {"name": parts.loss, "knobs": knobs}
+    if name in ("l2t_dlf", "bilinear"):
+        name, knobs = dlf_loss(parts)
+        return {"name": name, "knobs": knobs}
     if name in LOSSES:
         return {"name": name, "knobs": parts.knobs_of(name)}
     return {"name": LOSS_OF[name], "knobs": {}} if name in LOSS_OF else None

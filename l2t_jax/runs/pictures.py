@@ -28,8 +28,7 @@ def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState,
     if spec.illustrate is None or not ended:
         return
     task, test, info = setting.parts.task, setting.dataset.test, setting.dataset.info
-    n = len(jax.tree.leaves(test)[0])
-    which = np.linspace(0, n - 1, min(IMAGES, n)).round().astype(int)
+    which = _spread(test)
     block = task.read(at(test, which), np.arange(len(which)), None) if task.read else at(test, which)
     student = scored(setting.parts.student)
     columns: dict[str, list[Panel]] = {"truth": spec.illustrate(info, task, student, None, block)}
@@ -38,6 +37,36 @@ def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState,
         columns[name] = spec.illustrate(info, task, student, state.student.variables, block)
     names = getattr(info, "names", ())
     plots.panels(path, columns, names=names, title=f"{setting.config.dataset}, {setting.config.student}")
+
+
+def in_words(path: Path, setting: Setting, begun: MethodState, ended: dict[str, MethodState]) -> list[str]:
+    """Write what students make of some test examples in words: what they are, the beginning, the end of each entry.
+
+    Args:
+      path: the text.
+      setting, begun, ended: as of `draw`.
+    Returns:
+      the lines; none where the task has no words.
+    """
+    spec = TASKS[setting.config.task]
+    if spec.in_words is None or not ended:
+        return []
+    task, test, info = setting.parts.task, setting.dataset.test, setting.dataset.info
+    block, student = at(test, _spread(test)), scored(setting.parts.student)
+    told = spec.in_words(info, task, student, None, block)
+    for name, state in {"before": begun, **ended}.items():
+        told[name] = spec.in_words(info, task, student, state.student.variables, block)[""]
+    width = max(map(len, told))
+    lines = []
+    for i in range(len(next(iter(told.values())))):
+        lines += [*(f"{name:>{width}}: {of[i]}" for name, of in told.items()), ""]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return lines
+
+
+def _spread(test: PyTree) -> np.ndarray:
+    n = len(jax.tree.leaves(test)[0])
+    return np.linspace(0, n - 1, min(IMAGES, n)).round().astype(int)
 
 
 def scored(student: Student) -> Student:

@@ -53,9 +53,9 @@ def report(
     write_json(directory.path / "summary.json", summary)
     if alone:
         draw(summary, directory.path, directory.plots_dir)
-        _illustrate(setting, entries, outcomes, directory.plots_dir)
-    if alone and not quiet:
-        _print(summary, setting.options.workdir)
+        lines = _illustrate(setting, entries, outcomes, directory)
+        if not quiet:
+            _print(summary, setting.options.workdir, lines)
     return summary
 
 
@@ -80,8 +80,8 @@ def _leave(setting: Setting, entries: list[Entry], outcomes: Outcomes, path: Pat
             summary["methods"][name]["suspects"] = {"share": SUSPECTS, "precision": precision}
 
 
-def _illustrate(setting: Setting, entries: list[Entry], outcomes: Outcomes, folder: Path) -> None:
-    """What students see in some test images, of the first seed that finished."""
+def _illustrate(setting: Setting, entries: list[Entry], outcomes: Outcomes, directory: RunDirectory) -> list[str]:
+    """What students make of some test examples, of the first seed that finished: a picture, or lines to be shown."""
     for seed in setting.config.seeds:
         of_seed = {entry.name: outcomes[(entry.name, seed)] for entry in entries}
         ended = {
@@ -91,8 +91,9 @@ def _illustrate(setting: Setting, entries: list[Entry], outcomes: Outcomes, fold
         }
         if ended:
             begun = first_state(entries[0].method, seed, setting.inputs)
-            pictures.draw(folder / "seen.png", setting, entries, begun, ended)
-            return
+            pictures.draw(directory.plots_dir / "seen.png", setting, entries, begun, ended)
+            return pictures.in_words(directory.path / "seen.txt", setting, begun, ended)
+    return []
 
 
 def reason(outcome: Outcome | str) -> str | None:
@@ -264,7 +265,7 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
     plots.loss_surfaces(folder / f"surfaces_{method}_{seed}.png", surfaces, title=title)
 
 
-def _print(summary: dict[str, Any], workdir: str) -> None:
+def _print(summary: dict[str, Any], workdir: str, lines: list[str]) -> None:
     seeds = ", ".join(map(str, summary["seeds"]))
     table = Table(title=f"{name_of(summary)}, preset {summary['preset']}, seeds {seeds}")
     for column in ("method", headline(summary), "student steps", "wall time, s"):
@@ -277,6 +278,8 @@ def _print(summary: dict[str, Any], workdir: str) -> None:
             f"{method['wall_time_s']:.1f}",
         )
     console = Console()
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(table)
     for name, method in summary["methods"].items():
         for failed in method["failed"]:

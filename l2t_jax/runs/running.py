@@ -128,6 +128,9 @@ def train_entries(
         },
     }
     directory = leader_first(lambda: open_run(options.workdir, record, options.resume, options.command))
+    if directory is not None:
+        for name, content in getattr(setting.dataset.info, "files", {}).items():
+            (directory.path / name).write_bytes(content)
     rounds = {(entry.name, seed): setting.rounds_of(entry) for entry in entries for seed in config.seeds}
     outcomes: Outcomes = {}
     at_once = min(setting.layout.runs, len(config.seeds))

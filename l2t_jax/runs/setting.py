@@ -1,9 +1,10 @@
 """What the entries of an experiment share: data, student, task, plan, layout."""
 
+import contextlib
 import dataclasses
 import inspect
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -96,6 +97,7 @@ def build_setting(
         raise UsageError(
             f"--method={lost[0]} takes no weights of examples: leave it out, or --class_weight and other weights."
         )
+    dataset = encoded(config, dataset)
     task = build_task(config, dataset)
     example = example_batch(task, dataset)
     inputs = _zeros(example.inputs)
@@ -125,20 +127,46 @@ def build_setting(
     return setting, build_entries(config.methods, parts, options.teacher_from is not None, own.methods)
 
 
+def encoded(config: Config, dataset: Dataset) -> Dataset:
+    """The data set as its task reads it: text, say, in the ids of a vocabulary.
+
+    Raises:
+      UsageError: a knob has a value that it cannot have.
+    """
+    encode = TASKS[config.task].encode
+    if encode is None:
+        return dataset
+    with _knobs_told(config):
+        return encode(dataset, **_own_knobs(encode, config))
+
+
 def build_task(config: Config, dataset: Dataset, axis_name: str | None = None) -> Task:
     """The task that the flags describe.
 
     Args:
       config: of the run.
-      dataset: of `prepare`.
+      dataset: of `prepare`, and `encoded`.
       axis_name: mapped axis over which batches are divided, for a task that reads a batch as a whole.
     Raises:
       UsageError: a knob has a value that it cannot have.
     """
     build = TASKS[config.task].build
     axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
+    with _knobs_told(config):
+        return build(dataset, **_own_knobs(build, config), **axis)
+
+
+def _own_knobs(build: Callable[..., Any], config: Config) -> dict[str, Any]:
+    """The task's knobs that are of this function: of what encodes its data, or of what builds it."""
+    own = knobs_of(build)
+    return {name: value for name, value in config.task_knobs.items() if name in own}
+
+
+@contextlib.contextmanager
+def _knobs_told(config: Config) -> Iterator[None]:
+    """Say it as of a flag where a knob of the task has a value that it cannot have."""
     try:
-        return build(dataset, **config.task_knobs, **axis)
+        yield
     except DataError:
         raise
     except ValueError as error:  # which begins with the knob
@@ -202,10 +230,9 @@ def build_student(config: Config, task: Task, example: Batch, axis_name: str | N
         inputs = seen_by(student, _zeros(example.inputs))
         variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
         outputs, _ = jax.eval_shape(lambda variables, x: student.apply(variables, x, False), variables, inputs)
-    except ValueError as error:
-        raise UsageError(
-            f"--student={config.student} does not fit --dataset={config.dataset}: {error}{hint}"
-        ) from error
+    except Exception as error:  # what is for one kind of inputs may fail in any way for another
+        told = str(error) if isinstance(error, ValueError) else f"it cannot read its inputs ({in_a_line(error)})."
+        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {told}{hint}") from error
     try:
         jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
     except Exception as error:  # what is for one kind of outputs may fail in any way for another

@@ -8,6 +8,7 @@ from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
 from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.resnet import resnet
+from l2t_jax.students.translators import lstm, lstm_small, transformer, transformer_small
 from l2t_jax.students.yolov3 import yolov3, yolov3_tiny
 from l2t_jax.types import Student
 
@@ -22,16 +23,25 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "pspnet101": partial(pspnet, 101),
     "yolov3": yolov3,
     "yolov3_tiny": yolov3_tiny,
+    "lstm_small": lstm_small,
+    "lstm1": partial(lstm, 1),
+    "lstm2": partial(lstm, 2),
+    "transformer_small": transformer_small,
+    "transformer": transformer,
 }
 
 __all__ = [
     "STUDENTS",
     "from_linen",
     "lenet",
+    "lstm",
+    "lstm_small",
     "mlp",
     "pspnet",
     "pspnet_small",
     "resnet",
+    "transformer",
+    "transformer_small",
     "yolov3",
     "yolov3_tiny",
 ]

@@ -14,6 +14,7 @@ from l2t_jax.tasks.metric_learning import METRIC_LEARNING
 from l2t_jax.tasks.ranking import RANKING
 from l2t_jax.tasks.segmentation import SEGMENTATION
 from l2t_jax.tasks.spec import Panel, TaskSpec, settings_for
+from l2t_jax.tasks.translation import TRANSLATION
 
 TASKS: dict[str, TaskSpec] = {
     "classification": dataclasses.replace(CLASSIFICATION, open=own.open_path),
@@ -21,6 +22,7 @@ TASKS: dict[str, TaskSpec] = {
     "segmentation": SEGMENTATION,
     "detection": DETECTION,
     "metric_learning": METRIC_LEARNING,
+    "translation": TRANSLATION,
 }
 
 

@@ -27,6 +27,8 @@ class TaskSpec:
 
     build: Callable[..., Task]  # (data set, **knobs) -> task; its knobs are flags
     datasets: dict[str, Callable[[Path, bool], Dataset]]  # name -> (folder of data sets, whether to download) -> data
+    # (data set, **knobs) -> as the task reads it, once a part is held out of it; its knobs are flags too
+    encode: Callable[..., Dataset] | None = None
     open: Callable[[Path], Dataset] | None = None  # a user's own data from a path, where the task reads any
     check: Callable[[Dataset], None] = lambda dataset: None  # raises a DataError that names what is wrong
     # the kind [n] of each training example, of which equal shares are held out; None: all are one kind
@@ -42,6 +44,13 @@ class TaskSpec:
     # What a student sees in examples that were read: (Dataset.info, task, student, variables, examples) -> a panel for
     # each; without variables the truth. None: there is nothing to look at.
     illustrate: Callable[[Any, Task, Student, dict[str, PyTree] | None, PyTree], list[Panel]] | None = None
+    # Likewise in words: -> what they are, {name: a line for each}; with variables {"": what the student makes of each}.
+    in_words: Callable[[Any, Task, Student, dict[str, PyTree] | None, PyTree], dict[str, list[str]]] | None = None
+
+    @property
+    def builders(self) -> tuple[Callable[..., Any], ...]:
+        """Whose keywords are the task's knobs."""
+        return (self.build,) if self.encode is None else (self.build, self.encode)
 
 
 def settings_for(spec: TaskSpec, preset: Preset) -> Preset:

@@ -1,6 +1,6 @@
 """The teacher of L2T-DLF: attention over slots of coefficient matrices, asked by features of the student's state.
 
-Legend: F state features, D units of a key, n slots, C classes, T steps of a student's life.
+Legend: F state features, D units of a key, n slots, C classes, r rank, T steps of a student's life.
 """
 
 import math
@@ -10,6 +10,7 @@ import chex
 import jax
 import jax.numpy as jnp
 
+from l2t_jax.losses.bilinear import untaught
 from l2t_jax.types import Array, Key, PyTree
 
 FEATURES = 7  # F
@@ -34,7 +35,7 @@ class Attention(NamedTuple):
 
     query: Array  # [D, F]
     keys: Array  # [n, D]
-    values: Array  # [n, C, C]
+    values: PyTree  # [n, C, C]; of the low-rank form {"diagonal" [n, C], "left" and "right" [n, C, r]}
     bias: Array  # [C]
 
 
@@ -86,7 +87,7 @@ def state_features(running: Running, *, num_classes: int, steps: int) -> Array:
     return jnp.stack(running._replace(steps=time, train_loss=running.train_loss / math.log(num_classes)))
 
 
-def init_attention(key: Key, *, num_classes: int, slots: int = 10, width: int = 16) -> Attention:
+def init_attention(key: Key, *, num_classes: int, slots: int = 10, width: int = 16, rank: int = 0) -> Attention:
     """Draw the teacher: queries and keys N(0, 1), so that attention is neither even nor decided, values N(0, 0.001^2).
 
     The values must not start at zero together with what attends to them: the product of the two has no derivative
@@ -97,14 +98,27 @@ def init_attention(key: Key, *, num_classes: int, slots: int = 10, width: int = 
       num_classes: C.
       slots: n.
       width: D.
+      rank: r of `bilinear_low_rank`, whose U are drawn of N(0, 1 / r), so that U V^T is as small as what is drawn for
+        the full matrix; 0: that of `bilinear`.
     """
     k_query, k_keys, k_values = jax.random.split(key, 3)
     return Attention(
         query=jax.random.normal(k_query, (width, FEATURES)),
         keys=jax.random.normal(k_keys, (slots, width)),
-        values=SMALL * jax.random.normal(k_values, (slots, num_classes, num_classes)),
+        values=_values(k_values, slots, num_classes, rank),
         bias=jnp.zeros(num_classes),
     )
+
+
+def _values(key: Key, slots: int, num_classes: int, rank: int) -> PyTree:
+    if rank == 0:
+        return SMALL * jax.random.normal(key, (slots, num_classes, num_classes))
+    k_diagonal, k_left, k_right = jax.random.split(key, 3)
+    return {
+        "diagonal": SMALL * jax.random.normal(k_diagonal, (slots, num_classes)),
+        "left": jax.random.normal(k_left, (slots, num_classes, rank)) / math.sqrt(rank),
+        "right": SMALL * jax.random.normal(k_right, (slots, num_classes, rank)),
+    }
 
 
 def coefficients(params: Attention, features: Array) -> PyTree:
@@ -114,12 +128,15 @@ def coefficients(params: Attention, features: Array) -> PyTree:
       params: of the teacher.
       features: the state s [F].
     Returns:
-      {"phi": [C, C], "bias": [C]}; the bias does not depend on the state.
+      {"phi": [C, C], "bias": [C]}, or likewise c, U and V of Phi = diag(c) + U V^T, each a mean
+      of slots; the bias does not depend on the state.
     Source: L2T-DLF (NeurIPS 2018) has an attention network emit the matrix; its form and sizes are not available to
     us, so slots that are attended to by key and query, the identity they are added to, and n, D are ours. The bias is
     a learned constant as in the demo of L2T-DLF.
     """
     query = params.query @ features.astype(params.query.dtype)  # [D]
     alpha = jax.nn.softmax(params.keys @ query / math.sqrt(query.size))  # [n]
-    identity = jnp.eye(params.bias.size, dtype=params.values.dtype)
-    return {"phi": identity + jnp.tensordot(alpha, params.values, axes=1), "bias": params.bias}
+    values = params.values if isinstance(params.values, dict) else {"phi": params.values}
+    begun = untaught(params.bias.size, values["left"].shape[-1] if "left" in values else 0)
+    moved = {name: jnp.tensordot(alpha, value, axes=1) for name, value in values.items()}
+    return {**{name: begun[name].astype(x.dtype) + x for name, x in moved.items()}, "bias": params.bias}
