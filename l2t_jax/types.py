@@ -102,6 +102,7 @@ class Loss(NamedTuple):
     learned: Literal["no", "student", "teacher"] = (
         "teacher"  # params: fixed, trained beside the student, or by a teacher
     )
+    reverse_only: bool = False  # whether its gradient is no derivative of a function: forward mode would be wrong
 
 
 class Student(NamedTuple):

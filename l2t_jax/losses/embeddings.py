@@ -140,18 +140,27 @@ def _triplets(pairs: Pairs, negatives: str, margin: float) -> Array:
 
 
 @jax.custom_vjp
+def _product(a: Array, b: Array) -> Array:
+    """a * b, which can be differentiated in reverse alone."""
+    return a * b
+
+
+_product.defvjp(lambda a, b: (a * b, (a, b)), lambda both, slope: (slope * both[1], slope * both[0]))
+
+
+@jax.custom_vjp
 def _expected(chances: Array, values: Array) -> Array:
     """chances * values, whose derivative is that of values alone: what is drawn is given, however it was likely.
 
     The derivative itself depends on the chances, so that a hypergradient is exact: it sees that another student draws
-    otherwise. It is no derivative of a function, so only reverse over reverse is right, and forward mode is refused.
+    otherwise. It is no derivative of a function, so only reverse over reverse is right, and `_product` refuses others.
     """
     return chances * values
 
 
 _expected.defvjp(
     lambda chances, values: (chances * values, chances),
-    lambda chances, slope: (jnp.zeros_like(chances), chances * slope),
+    lambda chances, slope: (jnp.zeros_like(chances), _product(chances, slope)),
 )
 
 
@@ -288,6 +297,7 @@ def triplet_mixture(*, margin: float = 0.2, negatives: str = SEMIHARD) -> Loss:
     return of_pairs(
         lambda params, pairs: _triplet_values(pairs, mixed(params["phi"], pairs.distances), margin, negatives),
         lambda key: {"phi": _only_d(key)},
+        reverse_only=negatives == "distance",
     )
 
 
@@ -307,7 +317,11 @@ def margin_mixture(*, margin: float = 0.2, beta: float = 1.2, negatives: str = "
         moved = mixed(params["phi"], pairs.distances)
         return _margin_values(pairs, moved, params["beta"].astype(moved.dtype), margin, negatives)
 
-    return of_pairs(losses_of, lambda key: {"beta": jnp.array(float(beta)), "phi": _only_d(key)})
+    return of_pairs(
+        losses_of,
+        lambda key: {"beta": jnp.array(float(beta)), "phi": _only_d(key)},
+        reverse_only=negatives == "distance",
+    )
 
 
 def focal_triplet(*, boundary: float = 1.0) -> Loss:
