@@ -118,6 +118,7 @@ class Loss(NamedTuple):
     )
     # of params trained beside the student: their gradient -> what the optimizer is given, e.g. turned round to ascend
     descent: Callable[[PyTree], PyTree] = as_it_is
+    reverse_only: bool = False  # whether its gradient is no derivative of a function: forward mode would be wrong
 
 
 class Student(NamedTuple):

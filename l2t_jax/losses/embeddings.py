@@ -133,10 +133,20 @@ SEMIHARD = "semihard"  # of triplets alone: d_ap < d_an < d_ap + margin
 def _triplets(pairs: Pairs, negatives: str, margin: float) -> Array:
     """How much each triplet [R, R, R] counts."""
     if negatives != SEMIHARD:
-        return pairs.same[:, :, None] * NEGATIVES[negatives](pairs)[:, None, :]
+        of_anchor = pairs.other if negatives == "all" else NEGATIVES[negatives](pairs)
+        return pairs.same[:, :, None] * of_anchor[:, None, :]
     gap = pairs.distances[:, None, :] - pairs.distances[:, :, None]  # d_an - d_ap
     between = ((gap > 0) & (gap < margin)).astype(gap.dtype)
     return pairs.same[:, :, None] * pairs.other[:, None, :] * between
+
+
+@jax.custom_vjp
+def _product(a: Array, b: Array) -> Array:
+    """a * b, which can be differentiated in reverse alone."""
+    return a * b
+
+
+_product.defvjp(lambda a, b: (a * b, (a, b)), lambda both, slope: (slope * both[1], slope * both[0]))
 
 
 @jax.custom_vjp
@@ -144,14 +154,14 @@ def _expected(chances: Array, values: Array) -> Array:
     """chances * values, whose derivative is that of values alone: what is drawn is given, however it was likely.
 
     The derivative itself depends on the chances, so that a hypergradient is exact: it sees that another student draws
-    otherwise. It is no derivative of a function, so only reverse over reverse is right, and forward mode is refused.
+    otherwise. It is no derivative of a function, so only reverse over reverse is right, and `_product` refuses others.
     """
     return chances * values
 
 
 _expected.defvjp(
     lambda chances, values: (chances * values, chances),
-    lambda chances, slope: (jnp.zeros_like(chances), chances * slope),
+    lambda chances, slope: (jnp.zeros_like(chances), _product(chances, slope)),
 )
 
 
@@ -168,7 +178,7 @@ def _triplet_values(pairs: Pairs, moved: Array, margin: float, negatives: str) -
     return _mean_of(pairs, flat(_triplets(pairs, negatives, margin)), flat(hinge), negatives)
 
 
-def _margin_values(pairs: Pairs, moved: Array, beta: Array, margin: float, negatives: str) -> Array:
+def _margin_values(pairs: Pairs, moved: Array, beta: Array | float, margin: float, negatives: str) -> Array:
     near, far = jax.nn.relu(margin + moved - beta), jax.nn.relu(margin - moved + beta)
     # A negative is drawn for each positive.
     weights = pairs.same.sum(1, keepdims=True) * NEGATIVES[negatives](pairs)
@@ -288,26 +298,24 @@ def triplet_mixture(*, margin: float = 0.2, negatives: str = SEMIHARD) -> Loss:
     return of_pairs(
         lambda params, pairs: _triplet_values(pairs, mixed(params["phi"], pairs.distances), margin, negatives),
         lambda key: {"phi": _only_d(key)},
+        reverse_only=negatives == "distance",
     )
 
 
 def margin_mixture(*, margin: float = 0.2, beta: float = 1.2, negatives: str = "distance") -> Loss:
-    """Build ALA's distance mixture in the margin loss: F(d) in place of d, beta a parameter of the loss.
+    """Build ALA's distance mixture in the margin loss: F(d) in place of d. It begins as the margin loss.
 
-    It begins as the margin loss.
-
-    Args: as in `margin`; a teacher of all parameters moves beta too, ALA's controller moves phi alone.
+    Args: as in `margin`; beta is fixed: a hinge has no hypergradient of it, and a larger F does what a smaller one would.
     Raises:
       ValueError: a knob is out of range.
     Source: ALA (ICML 2019), margin and mixture; see `triplet_mixture`.
     """
     _check(margin, negatives, *NEGATIVES)
-
-    def losses_of(params: PyTree, pairs: Pairs) -> Array:
-        moved = mixed(params["phi"], pairs.distances)
-        return _margin_values(pairs, moved, params["beta"].astype(moved.dtype), margin, negatives)
-
-    return of_pairs(losses_of, lambda key: {"beta": jnp.array(float(beta)), "phi": _only_d(key)})
+    return of_pairs(
+        lambda params, pairs: _margin_values(pairs, mixed(params["phi"], pairs.distances), beta, margin, negatives),
+        lambda key: {"phi": _only_d(key)},
+        reverse_only=negatives == "distance",
+    )
 
 
 def focal_triplet(*, boundary: float = 1.0) -> Loss:

@@ -10,6 +10,7 @@ import optax
 
 from l2t_jax.losses import LOSSES, build_loss, fixed_losses
 from l2t_jax.losses.embeddings import READS, SIGNALS, pairs_of
+from l2t_jax.memory import FORWARD
 from l2t_jax.methods.ala import Moved, ala, elements, pairs_of_classes
 from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
 from l2t_jax.methods.deep_interactions import deep_interactions
@@ -36,11 +37,15 @@ DLF_TEACHER_LR = 0.01  # the demo's
 
 
 def _l2t_dln(parts: Parts, learn: bool) -> Method:
-    settings, teacher = parts.settings, parts.teacher
+    settings, teacher, loss = parts.settings, parts.teacher, taught_loss(parts)
+    if loss.reverse_only and parts.how.get("memory") in FORWARD:
+        raise ValueError(
+            f"its loss is differentiated in reverse alone: give memory=save, remat or auto, not {parts.how['memory']}."
+        )
     method = l2t_dln(
         parts.student,
         parts.task,
-        taught_loss(parts),
+        loss,
         teacher if isinstance(teacher, Teacher) else build_teacher(**teacher_arguments(teacher, settings)),
         parts.optimizer,
         build_teacher_optimizer(settings, parts.plan.rounds),

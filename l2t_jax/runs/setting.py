@@ -295,7 +295,8 @@ def prepare(config: Config, options: Options) -> Dataset:
     """
     spec = TASKS[config.task]
     dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
-    labelled = isinstance(dataset.train, dict) and "labels" in dataset.train  # each example, not its pixels
+    # Each example is classified, not its pixels.
+    labelled = spec.classes and isinstance(dataset.train, dict) and "labels" in dataset.train
     for flag, file, read, put in (
         ("labels", config.labels, read_labels, with_labels),
         ("clean", config.clean, read_clean, with_clean),
