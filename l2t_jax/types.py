@@ -159,6 +159,14 @@ def means(measured: PyTree) -> dict[str, float]:
     return {name: float(np.mean(value, dtype=np.float64)) for name, value in measured.items()}
 
 
+class Lengths(NamedTuple):
+    """Examples that are padded: how long each is, and how they are cut where all that a round reads are short."""
+
+    of: Callable[[PyTree], np.ndarray]  # examples, leaves [n, ...] -> [n]
+    cut: Callable[[PyTree, int], PyTree]  # (examples, length) -> arrays no longer than that
+    buckets: int = 2  # rounds among which examples are shared out by length
+
+
 class Task(NamedTuple):
     """What is learned: its error, what a loss may read, how indices become batches, how a student is scored."""
 
@@ -179,6 +187,7 @@ class Task(NamedTuple):
     # Where examples are read on the host: (examples, indices [k], None or the seeds of each one's random draws)
     # -> leaves [k, ...], NumPy, which gather then reads by position; seeds switch augmentation on
     read: Callable[[PyTree, np.ndarray, Sequence[tuple[int, ...]] | None], PyTree] | None = None
+    lengths: Lengths | None = None  # None: all batches of a run have one shape
     scored_at_once: int = 1000  # examples that are measured in one piece, for their memory
 
 

@@ -107,7 +107,7 @@ def build_setting(
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
         task = with_keys(task)
-    plan = build_plan(config, dataset)
+    plan = build_plan(config, dataset, task)
     steps = max(1, plan.rounds * plan.stages * plan.unroll_length)
     knobs = knobs_for(config.knobs, config.settings.student_optimizer)
     optimizer = own.optimizer or build_optimizer(config.settings, steps, **knobs)
@@ -217,8 +217,9 @@ def build_optimizer(settings: Preset, steps: int, **knobs: Any) -> optax.Gradien
     return optax.chain(clip_by_global_norm(settings.student_clip), optimizer) if settings.student_clip else optimizer
 
 
-def build_plan(config: Config, dataset: Dataset) -> Plan:
+def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Plan:
     """How long the run is and what a round reads; a meta set takes the place of the division into two parts."""
+    lengths = task.lengths if task else None
     settings, examples = config.settings, dataset.examples
     try:
         plan = Plan(
@@ -230,6 +231,8 @@ def build_plan(config: Config, dataset: Dataset) -> Plan:
             examples=examples,
             stages=STAGES[settings.second_stage],
             fixed_split=dataset.meta > 0,
+            lengths=lengths.of(dataset.train) if lengths else None,
+            buckets=lengths.buckets if lengths else 1,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error
