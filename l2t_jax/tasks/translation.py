@@ -280,7 +280,7 @@ def _dataset(name: str, found: Pairs, vocabulary: int, max_length: int) -> Datas
 
 
 def _made(data_dir: Path, download: bool) -> Dataset:
-    return _dataset("made_up", made_pairs(), 128, 32)
+    return _dataset("made_up", made_pairs(), 150, 32)
 
 
 def _tfds(name: str, languages: tuple[str, str], vocabulary: int) -> Callable[[Path, bool], Dataset]:
@@ -322,7 +322,7 @@ TRANSLATION = TaskSpec(
         "unroll_length": 5,
         "batch_size": 16,
         "validation_batch_size": 32,
-        "epochs": 4,
+        "epochs": 2,
         "student_optimizer": "adam",
         "student_lr": 3e-3,
         "student_schedule": "inverse_sqrt",
