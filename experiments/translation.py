@@ -1,6 +1,6 @@
 """L2T-DLN and cross entropy on translation: the next subword, scored by BLEU of a beam search.
 
-With no flags: lstm_small on a language that the package makes up, L2T-DLN and cross entropy, 3 seeds.
+With no flags: transformer_small, narrow, on a language that the package makes up, L2T-DLN and cross entropy, 3 seeds.
 
   python -m experiments.translation
   python -m experiments.translation --dataset=multi30k_de_en --data_dir=DIR --student=transformer_small

@@ -167,6 +167,14 @@ def means(measured: PyTree) -> dict[str, float]:
     return {name: float(np.mean(value, dtype=np.float64)) for name, value in measured.items()}
 
 
+class Lengths(NamedTuple):
+    """Examples that are padded: how long each is, and how they are cut where all that a round reads are short."""
+
+    of: Callable[[PyTree], np.ndarray]  # examples, leaves [n, ...] -> [n]
+    cut: Callable[[PyTree, int], PyTree]  # (examples, length) -> arrays no longer than that
+    buckets: int = 2  # rounds among which examples are shared out by length
+
+
 class Task(NamedTuple):
     """What is learned: its error, what a loss may read, how indices become batches, how a student is scored."""
 
@@ -190,6 +198,7 @@ class Task(NamedTuple):
     together: int = 1  # examples of one kind (`TaskSpec.strata`) that stand together in a batch
     apart: bool = False  # whether kinds are divided into training and validation, and not the examples of each
     loss: str = ""  # of `LOSSES`: what L2T-DLN and ALA teach in place of the spec's
+    lengths: Lengths | None = None  # None: all batches of a run have one shape
     scored_at_once: int = 1000  # examples that are measured in one piece, for their memory
 
 

@@ -103,6 +103,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "reverse": (*NO_SWITCH, "true"),
     "beam": (*NO_COUNT[2:], "5"),
     "length_penalty": ("x", "1"),
+    "buckets": (*NO_COUNT[2:], "4"),
     "hidden": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
     "heads": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
     "layers": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),

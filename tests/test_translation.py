@@ -1,6 +1,7 @@
 """Translation: padding, the hypergradient, beam search, subwords and files, BLEU, and runs from the command."""
 
 import builtins
+import dataclasses
 import itertools
 import json
 import re
@@ -16,11 +17,11 @@ from sacrebleu import corpus_bleu
 
 from experiments import translation
 from l2t_jax.data import DataError, hold_out
+from l2t_jax.data.order import Plan
 from l2t_jax.data.subwords import BEGIN, END, PAD, Subwords, train_subwords
 from l2t_jax.data.text import made_pairs, read_pairs
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import build_loss
-from l2t_jax.methods import method_names
 from l2t_jax.methods.parts import MANY_CLASSES
 from l2t_jax.optimizers import adam, inverse_sqrt, sgd
 from l2t_jax.presets import PRESETS
@@ -38,8 +39,8 @@ from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
 V = 9
 TINY = {
-    "lstm": partial(lstm, 2, width=4, dropout=0.0),
-    "transformer": partial(transformer, width=4, hidden=6, heads=2, layers=2, dropout=0.0),
+    "lstm": partial(lstm, 1, width=4, dropout=0.0),
+    "transformer": partial(transformer, width=4, hidden=6, heads=2, layers=1, dropout=0.0),
 }
 
 
@@ -153,8 +154,8 @@ def test_the_hypergradient_is_that_of_differences(name, optimizer, x64):
     rng = np.random.default_rng(4)
     student, train, validation = TINY[name](num_classes=V), some(rng, 2, 2), some(rng, 3)
     optimizer = sgd(0.1) if optimizer == "sgd" else adam(inverse_sqrt(0.02, 20))
-    loss = build_loss("dln", V, form="paper", squash="softmax")
-    phi = toy.to_x64(loss.init(jax.random.key(1)))
+    loss = build_loss("bilinear_low_rank", V, rank=2)
+    phi = toy.to_x64(jax.tree.map(lambda x: x + 0.1, loss.init(jax.random.key(1))))
     state = init_state(student.init(jax.random.key(0), validation.inputs), optimizer)
     inner, outer = inner_objective(student, TASK, loss), outer_objective(student, TASK)
     grads, _ = jax.grad(inner, has_aux=True)(state.params, {}, phi, jax.tree.map(lambda x: x[0], train))
@@ -405,6 +406,48 @@ def test_it_resumes_bit_for_bit(run, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+@pytest.mark.parametrize("meta", [False, True])
+def test_rounds_share_out_what_they_read_by_length(meta):
+    """In threes, and within an epoch: what they read is what they would have read."""
+    lengths = np.random.default_rng(9).integers(1, 30, 60)
+    plan = Plan(9, 2, 3, 4, 0.5, 60, 1, fixed_split=meta)
+    alike = dataclasses.replace(plan, lengths=lengths, buckets=3)
+    per = 10**9 if meta else plan.rounds_per_epoch
+    assert per == 7 or meta
+    overlaps = 0
+    for start in (0, 3, 6, 9 if meta else 7):
+        group = [r for r in range(start, start + 3) if r // per == start // per][: 1 if start == 6 and not meta else 3]
+        for part in (0, 1):
+            ours = [alike.indices(5, r)[part] for r in group]
+            theirs = [plan.indices(5, r)[part] for r in group]
+            assert [x.shape for x in ours] == [x.shape for x in theirs]
+            assert sorted(np.ravel(ours).tolist()) == sorted(np.ravel(theirs).tolist())
+            spans = sorted((lengths[x].min(), lengths[x].max()) for x in ours)
+            assert all(a[1] <= b[0] for a, b in itertools.pairwise(spans))
+            overlaps += len(group)
+    two = dataclasses.replace(alike, stages=2, unroll_length=1, validation_batch_size=2).of(1)
+    np.testing.assert_array_equal(two.indices(5, 1)[0].ravel(), alike.indices(5, 1)[0].ravel())
+    assert overlaps > 15 and not np.array_equal(alike.indices(5, 0)[0], alike.indices(6, 0)[0])
+
+
+def test_cutting_what_is_padding_changes_nothing(tmp_path, monkeypatch):
+    """A run in buckets, stopped and gone on with, ends where one ends whose rounds have the same examples, uncut."""
+    arguments = (*FEW, "--method=cross_entropy", "--buckets=2")
+    taken = []
+    cut = task_module._cut
+    monkeypatch.setattr(task_module, "_cut", lambda examples, length: taken.append(length) or cut(examples, length))
+    with failing_disk(lambda calls, rows: calls == 2):
+        codes = [launch(translation, *arguments, f"--workdir={tmp_path}/cut", *r) for r in ((), ("--resume",))]
+    assert codes == [1, 0] and len(set(taken)) > 1
+    monkeypatch.setattr("l2t_jax.runs.streaming.STEP", 1000)
+    assert launch(translation, *arguments, f"--workdir={tmp_path}/whole") == 0 and taken[-1] == 1000
+    ours, theirs = (
+        jax.tree.leaves(finals.load(tmp_path / name / "final", "cross_entropy", 0)) for name in ("cut", "whole")
+    )
+    for a, b in zip(ours, theirs, strict=True):
+        np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
 REFUSED = {
     "ala": "it is of examples that are classified, and this task's rows are parts of them",
     "large_margin_softmax": "this loss reads 'head', and the task offers rows",
@@ -412,12 +455,16 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("classes", ["few", "many"])
-@pytest.mark.parametrize("name", method_names())
+# Those with parts of their own that read rows; that losses do is shown for pixels.
+OF_ROWS = ("slf", "meta_weight_net", "l2rw", "mentornet")
+
+
+@pytest.mark.parametrize(
+    ("name", "classes"),
+    [*((name, "few") for name in (*OF_ROWS, *REFUSED)), *((name, "many") for name in ("l2t_dlf", "bilinear"))],
+)
 def test_methods_run_on_tokens_or_say_that_they_do_not(name, classes, monkeypatch):
     if classes == "many":
-        if name not in ("l2t_dlf", "bilinear"):
-            pytest.skip("its parts do not depend on how many classes there are")
         monkeypatch.setattr("l2t_jax.methods.parts.MANY_CLASSES", 20)
     config = Config(
         dataset="made_up", student="tiny", methods=(name,), preset="stable", teacher="sgd", rounds=1, memory="save",
@@ -466,7 +513,7 @@ def refused(capsys, *arguments):
         (("--max_length=4",), "--max_length=4: no training pair of made_up is so short"),
         (("--beam=0",), "--beam=0"),
         (("--length_penalty=nan",), "--length_penalty=nan"),
-        (("--student=lenet",), "Students of --task=translation are like lstm_small"),
+        (("--student=lenet",), "Students of --task=translation are like transformer_small"),
         (("--student=transformer_small", "--heads=3"), "width=128 with heads=3"),
         (("--student=lstm1", "--dropout=1"), "dropout=1.0 is no probability"),
         (("--crop=97",), "--crop=97 is of segmentation, not of --task=translation"),

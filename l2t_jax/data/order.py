@@ -84,11 +84,14 @@ class Plan:
     # same training batches; by default `stages`
     epoch_stages: int | None = None
     blocks: Blocks | None = None  # by default examples stand alone
+    # [n] of the examples: some rounds in a row, `buckets`, share their examples out by length
+    lengths: np.ndarray | None = dataclasses.field(default=None, compare=False, repr=False)
+    buckets: int = 1
 
     def __post_init__(self) -> None:
         epoch_stages = self._epoch_stages
         sizes = {"examples": self.examples, "stages": self.stages, "unroll_length": self.unroll_length}
-        sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size}
+        sizes |= {"epoch_stages": epoch_stages, "batch_size": self.batch_size, "buckets": self.buckets}
         sizes |= {"validation_batch_size": self.validation_batch_size}
         require_counts(rounds=(self.rounds, 0), **{name: (size, 1) for name, size in sizes.items()})
         if self.blocks is not None:
@@ -152,6 +155,29 @@ class Plan:
           ValueError: a number is no integer of at least 0.
         """
         require_counts(seed=(seed, 0), round=(round, 0))
+        if self.buckets > 1 and self.lengths is not None:
+            return self._alike(seed, round)
+        return self._drawn(seed, round)
+
+    def _alike(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
+        """As `indices`, of rounds of an epoch that share out their examples by length; which is which is drawn."""
+        assert self.lengths is not None
+        rounds = None if self.fixed_split else self._validation_rounds
+        r = round if rounds is None else round % rounds
+        first = r - r % self.buckets
+        count = self.buckets if rounds is None else min(self.buckets, rounds - first)
+        drawn = [self._drawn(seed, round - r + first + k) for k in range(count)]
+        # Not of the seed: runs side by side have like lengths at the same time.
+        chosen = np.random.default_rng((round - r + first, 2)).permutation(count)[r - first]
+        found = []
+        for part, each in enumerate(zip(*drawn, strict=True)):
+            flat = np.concatenate([indices.ravel() for indices in each])
+            mine = flat[np.argsort(self.lengths[flat], kind="stable")].reshape(count, -1)[chosen]
+            mine = mine[_permutation((seed, round, part, 3), len(mine))]
+            found.append(mine.reshape(each[0].shape))
+        return found[0], found[1]
+
+    def _drawn(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
         epoch, r = (0, round) if self.fixed_split else divmod(round, self._validation_rounds)
         which = seed, epoch, self.examples, self.validation_ratio, self.fixed_split, self.blocks
         steps = self.stages * self.unroll_length

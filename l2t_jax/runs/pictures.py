@@ -1,4 +1,4 @@
-"""What students see in images of the test set: the truth, the student as it began, the students as they ended."""
+"""What students make of some of the test set, in pictures or words: as it is, as they began, as they ended."""
 
 from pathlib import Path
 
@@ -12,7 +12,7 @@ from l2t_jax.tasks import TASKS, Panel
 from l2t_jax.tasks.reading import whole
 from l2t_jax.types import MethodState, PyTree, Student
 
-IMAGES = 4  # spread over the test set, whatever they show
+EXAMPLES = 4  # spread over the test set, whatever they are
 
 
 def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState, ended: dict[str, MethodState]) -> None:
@@ -66,7 +66,7 @@ def in_words(path: Path, setting: Setting, begun: MethodState, ended: dict[str, 
 
 def _spread(test: PyTree) -> np.ndarray:
     n = len(jax.tree.leaves(test)[0])
-    return np.linspace(0, n - 1, min(IMAGES, n)).round().astype(int)
+    return np.linspace(0, n - 1, min(EXAMPLES, n)).round().astype(int)
 
 
 def scored(student: Student) -> Student:

@@ -17,7 +17,7 @@ from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.config import Options
 from l2t_jax.runs.observing import Observer
-from l2t_jax.runs.parallel import leader_first
+from l2t_jax.runs.parallel import Program, leader_first
 from l2t_jax.runs.progress import RunProgress
 from l2t_jax.runs.records import (
     RunDirectory,
@@ -28,10 +28,10 @@ from l2t_jax.runs.records import (
 )
 from l2t_jax.runs.reporting import Outcomes, reason, report
 from l2t_jax.runs.setting import FRESH, TRANSFER, Entry, Setting, first_state
-from l2t_jax.runs.streaming import Stream
+from l2t_jax.runs.streaming import Buckets, Stream
 from l2t_jax.runs.training import Run, compile_rounds, train
 from l2t_jax.tasks.reading import held
-from l2t_jax.types import MethodState, PyTree
+from l2t_jax.types import MethodState, PyTree, Student, Task
 
 OBSERVATIONS = 40  # moments of a run at which examples with wrong labels are looked at, beside its start
 
@@ -204,7 +204,7 @@ def _train_entry(
     """Train one entry for every seed; an outcome is a string where the run could not even begin."""
     program = compile_rounds(entry.method, setting.parts.task, setting.layout)
     task, student, examples = setting.parts.task, setting.parts.student, setting.dataset.train
-    data = Stream(task, student, examples, program) if task.read else program.data(held(student, examples))
+    data = _data(task, student, examples, program)
     plan = dataclasses.replace(setting.parts.plan.of(entry.method.stages), rounds=setting.rounds_of(entry))
     outcomes: Outcomes = {}
     ready = []
@@ -238,9 +238,16 @@ def _train_entry(
                     progress.end(run.name, run.seed)
                 outcomes[(run.name, run.seed)] = outcome
     finally:
-        if isinstance(data, Stream):
+        if isinstance(data, (Stream, Buckets)):
             data.close()
     return outcomes
+
+
+def _data(task: Task, student: Student, examples: PyTree, program: Program) -> Any:
+    """The training examples as `train` takes them."""
+    if task.read or task.lengths:
+        return (Stream if task.read else Buckets)(task, student, examples, program)
+    return program.data(held(student, examples))
 
 
 def _taught_elsewhere(setting: Setting, entries: list[Entry]) -> dict[tuple[str, int], PyTree]:

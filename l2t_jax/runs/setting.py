@@ -259,10 +259,11 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
     Args:
       config: of the run.
       dataset: of `prepare`.
-      task: says whether examples of one kind stand together.
+      task: says whether examples of one kind stand together, or rounds share examples out by length.
     Raises:
       UsageError: sizes do not fit.
     """
+    lengths = task.lengths if task else None
     settings, examples = config.settings, dataset.examples
     strata, blocks = TASKS[config.task].strata, None
     if task is not None and task.together > 1 and strata is not None:
@@ -278,6 +279,8 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
             stages=STAGES[settings.second_stage],
             fixed_split=dataset.meta > 0 or (blocks is not None and blocks.apart),
             blocks=blocks,
+            lengths=lengths.of(dataset.train) if lengths else None,
+            buckets=lengths.buckets if lengths else 1,
         )
     except ValueError as error:
         raise UsageError(str(error)) from error

@@ -1,4 +1,4 @@
-"""The examples of a round, read on the host while the device computes the round before.
+"""The examples of a round: read on the host while the device computes the round before, or cut to their lengths.
 
 Legend: G runs of a program, R rounds of a dispatch, S stages, N unroll length, B batch, V validation batch, k examples
 of a dispatch.
@@ -10,9 +10,10 @@ import jax
 import numpy as np
 
 from l2t_jax.runs.parallel import Dispatch, Program
-from l2t_jax.tasks.reading import Held, Reader
+from l2t_jax.tasks.reading import Held, Reader, held
 from l2t_jax.types import PyTree, Student, Task
 
+STEP = 8  # lengths that have a program are multiples of it
 TRAIN, VALIDATION = 0, 1  # parts of a round, in the seeds of random draws
 
 
@@ -65,6 +66,31 @@ class Stream:
             return whole.reshape(-1, *x.shape[1:])
 
         return jax.tree.map(fill, block)
+
+
+class Buckets:
+    """Gives each dispatch examples that are cut where all that it takes are short: a program for each length."""
+
+    def __init__(self, task: Task, student: Student, examples: PyTree, program: Program) -> None:
+        """Take a task with `lengths`, the student, all examples and the program that computes with them."""
+        assert task.lengths is not None
+        self._lengths, self._cut = task.lengths.of(examples), task.lengths.cut
+        self._examples, self._program, self._student = examples, program, student
+        self._kept: dict[int, PyTree] = {}
+
+    def begin(self, dispatches: list[Dispatch]) -> None:
+        """Nothing has to be read."""
+
+    def take(self, dispatches: list[Dispatch]) -> tuple[PyTree, list[Dispatch]]:
+        """The data of these dispatches, on the devices, and the dispatches as they are."""
+        indices = np.concatenate([np.concatenate(_flat(dispatch)) for dispatch in dispatches if int(dispatch.wanted)])
+        length = -(-int(self._lengths[indices].max()) // STEP) * STEP
+        if length not in self._kept:
+            self._kept[length] = self._program.data(held(self._student, self._cut(self._examples, length)))
+        return self._kept[length], dispatches
+
+    def close(self) -> None:
+        """Nothing is read."""
 
 
 def _flat(dispatch: Dispatch) -> tuple[np.ndarray, np.ndarray]:

@@ -16,7 +16,7 @@ from jax import lax
 from l2t_jax.data.order import Plan
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
-from l2t_jax.runs.streaming import Stream
+from l2t_jax.runs.streaming import Buckets, Stream
 from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
 
 MOST_ROUNDS = 32  # a dispatch runs at most this many rounds
@@ -143,7 +143,7 @@ def train(
       runs: see `Run`; at most as many as the program's layout holds.
       plan: see `Plan`.
       program: of `compile_rounds`; may serve any number of groups of runs.
-      data: the training examples, of `program.data`, or a `Stream` that reads them.
+      data: the training examples, of `program.data`, or a `Stream` that reads them, or `Buckets` that cut them.
       stopped: asked after every dispatch; where it says so in any process, all is saved and the work ends.
     Returns:
       an `Outcome` for each. On a failure its state is the last good one that was saved (the initial one if none was).
@@ -154,7 +154,7 @@ def train(
     begun = [_resume(run) for run in runs]
     group = [_Progress(run, done, spent) for run, (_, done, spent) in zip(runs, begun, strict=True)]
     states = program.place([state for state, _, _ in begun])
-    streamed = isinstance(data, Stream)
+    streamed = isinstance(data, (Stream, Buckets))
     rows = STREAMED_ROUNDS if streamed else MOST_ROUNDS
     for member in group:
         member.run.progress(member.done, None)

@@ -19,7 +19,7 @@ from l2t_jax.data.text import Pairs, made_pairs, read_pairs, read_pairs_tfds
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.tasks.beam import beam_search
 from l2t_jax.tasks.spec import TaskSpec
-from l2t_jax.types import Array, Batch, Errors, Key, Metric, PyTree, Read, Student, Task
+from l2t_jax.types import Array, Batch, Errors, Key, Lengths, Metric, PyTree, Read, Student, Task
 from l2t_jax.unroll import each_example
 
 ROOM = 1.5, 5  # a translation may have so many times the subwords of its source, and so many more
@@ -113,7 +113,7 @@ def _as_text(row: np.ndarray) -> str:
     return np.asarray(row, np.uint8).tobytes().rstrip(b"\0").decode()
 
 
-def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0) -> Task:
+def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0, buckets: int = 1) -> Task:
     """Build the task of a set of encoded sentences.
 
     error = -log p(y_t | y_<t, x) of each subword of the target, its end among them. A student's loss is the mean of any
@@ -123,12 +123,15 @@ def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0)
       dataset: of `encode`.
       beam: k, of the search that is scored.
       length_penalty: a; of the translations with scores log p(y | x) / |y|^a the best is taken.
+      buckets: rounds in a row that share out their pairs by length, so that less is padding; each length that
+        occurs, in steps of 8, is compiled for itself; 1: all batches have one shape.
     Raises:
-      ValueError: a beam below 1, or a penalty that is no number.
+      ValueError: a beam or buckets below 1, or a penalty that is no number.
     Source: L2T-DLF (NeurIPS 2018), 4.2, for the task; beam and penalty are those of fairseq's recipe for IWSLT14.
     """
-    if not isinstance(beam, int) or beam < 1:
-        raise ValueError(f"beam={beam!r} is not a positive integer: give at least 1.")
+    for name, count in (("beam", beam), ("buckets", buckets)):
+        if not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name}={count!r} is not a positive integer: give at least 1.")
     if not np.isfinite(length_penalty):
         raise ValueError(f"length_penalty={length_penalty!r} is not a finite number: 1 compares means, 0 sums.")
     info: Sentences = dataset.info
@@ -166,8 +169,18 @@ def translation(dataset: Dataset, *, beam: int = 5, length_penalty: float = 1.0)
         score=partial(_score, subwords),
         metric=Metric("BLEU"),
         outputs=subwords.size,
+        lengths=Lengths(_lengths, _cut, buckets) if buckets > 1 else None,
         scored_at_once=50,
     )
+
+
+def _lengths(examples: PyTree) -> np.ndarray:
+    found: np.ndarray = np.maximum(*((examples[side] != PAD).sum(1) for side in ("source", "target")))
+    return found
+
+
+def _cut(examples: PyTree, length: int) -> PyTree:
+    return {side: examples[side][:, :length] for side in ("source", "target")}
 
 
 def tokens(outputs: Array, targets: Array) -> Read:
@@ -267,7 +280,7 @@ def _dataset(name: str, found: Pairs, vocabulary: int, max_length: int) -> Datas
 
 
 def _made(data_dir: Path, download: bool) -> Dataset:
-    return _dataset("made_up", made_pairs(), 128, 32)
+    return _dataset("made_up", made_pairs(), 150, 32)
 
 
 def _tfds(name: str, languages: tuple[str, str], vocabulary: int) -> Callable[[Path, bool], Dataset]:
@@ -303,12 +316,13 @@ TRANSLATION = TaskSpec(
     datasets={"made_up": _made, "multi30k_de_en": _tfds("multi30k_de_en", ("de", "en"), 1000)},
     open=open_path,
     check=check,
-    defaults={"dataset": "made_up", "student": "lstm_small"},
+    defaults={"dataset": "made_up", "student": "transformer_small"},
+    student_knobs={"width": 64, "hidden": 128},
     settings={
         "unroll_length": 5,
         "batch_size": 16,
         "validation_batch_size": 32,
-        "epochs": 4,
+        "epochs": 2,
         "student_optimizer": "adam",
         "student_lr": 3e-3,
         "student_schedule": "inverse_sqrt",
