@@ -466,9 +466,11 @@ OF_ROWS = ("slf", "meta_weight_net", "l2rw", "mentornet")
 def test_methods_run_on_tokens_or_say_that_they_do_not(name, classes, monkeypatch):
     if classes == "many":
         monkeypatch.setattr("l2t_jax.methods.parts.MANY_CLASSES", 20)
+    settings = settings_for(TASKS["translation"], PRESETS["stable"])
+    settings = dataclasses.replace(settings, unroll_length=2, batch_size=4, validation_batch_size=3)
     config = Config(
         dataset="made_up", student="tiny", methods=(name,), preset="stable", teacher="sgd", rounds=1, memory="save",
-        seeds=(0,), task="translation", settings=settings_for(TASKS["translation"], PRESETS["stable"]),
+        seeds=(0,), task="translation", settings=settings,
     )  # fmt: skip
     if name in REFUSED:
         with pytest.raises(UsageError, match=f"^--method={name}: {REFUSED[name]}"):
