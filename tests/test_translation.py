@@ -466,9 +466,11 @@ OF_ROWS = ("slf", "meta_weight_net", "l2rw", "mentornet")
 def test_methods_run_on_tokens_or_say_that_they_do_not(name, classes, monkeypatch):
     if classes == "many":
         monkeypatch.setattr("l2t_jax.methods.parts.MANY_CLASSES", 20)
+    settings = settings_for(TASKS["translation"], PRESETS["stable"])
+    settings = dataclasses.replace(settings, unroll_length=2, batch_size=4, validation_batch_size=3)
     config = Config(
         dataset="made_up", student="tiny", methods=(name,), preset="stable", teacher="sgd", rounds=1, memory="save",
-        seeds=(0,), task="translation", settings=settings_for(TASKS["translation"], PRESETS["stable"]),
+        seeds=(0,), task="translation", settings=settings,
     )  # fmt: skip
     if name in REFUSED:
         with pytest.raises(UsageError, match=f"^--method={name}: {REFUSED[name]}"):
@@ -476,12 +478,12 @@ def test_methods_run_on_tokens_or_say_that_they_do_not(name, classes, monkeypatc
         return
     setting, entries = build_setting(config, Options(workdir=""), few())
     task, plan, method = setting.parts.task, setting.parts.plan.of(entries[0].method.stages), entries[0].method
-    which = plan.indices(0, 0)
+    which, data = plan.indices(0, 0), jax.tree.map(jnp.asarray, setting.dataset.train)
     state = jax.eval_shape(method.init, jax.random.key(0), setting.inputs)
 
     def one_round(state):
         keys = [jax.random.split(jax.random.key(0), x.shape) for x in which]
-        batches = (task.gather(setting.dataset.train, jnp.asarray(x), k) for x, k in zip(which, keys, strict=True))
+        batches = (task.gather(data, jnp.asarray(x), k) for x, k in zip(which, keys, strict=True))
         return method.round(state, RoundBatches(*batches, jnp.array(True)))
 
     after, metrics = jax.eval_shape(one_round, state)
