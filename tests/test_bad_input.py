@@ -107,6 +107,12 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "hidden": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
     "heads": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
     "layers": (*(f"{count} --student=transformer_small" for count in NO_COUNT), "8"),
+    # test_metric_learning.py
+    "embedding": (*NO_COUNT[2:], "8"),
+    "per_class": (*NO_COUNT[2:], "2"),
+    "side": (*NO_COUNT[2:], "28"),
+    "loss": ("triplet_mixture",),
+    "validate": ("classes",),
     "method": ("x", "", ",", "mae,mae", "mae,x"),
     "preset": NO_NAME,
     "set": (

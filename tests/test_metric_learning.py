@@ -212,6 +212,27 @@ def test_the_sampler_draws_what_it_should():
     np.testing.assert_array_equal(draw_negatives(jax.random.key(0), far)[:2], [3, 3])
 
 
+def test_a_step_takes_the_chances_as_given(x64):
+    """Its gradient is that with constant chances; with chances that move it would be another."""
+
+    def written(x, held):
+        pairs = pairs_of(on_sphere(x), LABELS)
+        q = held(distance_weights(pairs))
+        near, far = jax.nn.relu(pairs.distances - 1), jax.nn.relu(1.4 - pairs.distances)
+        terms = ((pairs.same, near), (pairs.same.sum(1, keepdims=True) * q, far))
+        return sum((w * v).sum() for w, v in terms) / sum((w * (v > 0)).sum() for w, v in terms)
+
+    student = from_linen(Given())
+    inner = inner_objective(student, TASK, LOSSES["margin"]())
+    ours = lambda x: inner({"scale": jnp.ones(())}, {}, {"beta": 1.2}, Batch(x, jnp.asarray(LABELS)))[0]  # noqa: E731
+    found, held, moving = (
+        jax.grad(f)(points())
+        for f in (ours, lambda x: written(x, jax.lax.stop_gradient), lambda x: written(x, lambda q: q))
+    )
+    np.testing.assert_allclose(found, held, rtol=1e-9, atol=1e-12)
+    assert np.abs(found - moving).max() > 1e-3
+
+
 def test_an_oracle_agrees():
     """pytorch-metric-learning on the same embeddings: triplet, margin and the distances its sampler draws."""
     torch = pytest.importorskip("torch")

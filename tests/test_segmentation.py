@@ -694,6 +694,7 @@ REFUSED = {
     "ala": EXAMPLES,
     "large_margin_softmax": "this loss reads 'head', and the task offers rows",
     "sum_of_terms": "this loss reads 'terms', and the task offers rows",
+    **dict.fromkeys(("triplet", "margin", "nca"), "this loss reads 'embeddings', and the task offers rows"),
 }
 
 
