@@ -183,8 +183,8 @@ def test_published_numbers_name_what_can_be_run():
         "dln",
         "linear_dln",
         "weight_net",
-        *("triplet_mixture", "margin_mixture", "focal_triplet"),
-    }  # l2t_dln's, ala's and meta_weight_net's
+        *("triplet_mixture", "margin_mixture", "focal_triplet", "bilinear_low_rank"),
+    }  # l2t_dln's, ala's, meta_weight_net's and l2t_dlf's
 
 
 def test_noisy_labels_resumes_with_its_observations(tmp_path):
