@@ -692,7 +692,8 @@ def test_methods_run_on_pixels_or_say_that_they_do_not(name):
 EXAMPLES = "it is of examples that are classified, and this task's rows are parts of them"
 REFUSED = {
     "ala": EXAMPLES,
-    "large_margin_softmax": "this loss reads 'head', and the task offers rows",
+    **dict.fromkeys(("large_margin_softmax", "deep_interactions"), "this loss reads 'head', and the task offers rows"),
+    "pairwise_aucroc": "this loss reads 'batch', and the task offers rows",
     "sum_of_terms": "this loss reads 'terms', and the task offers rows",
     **dict.fromkeys(("triplet", "margin", "nca"), "this loss reads 'embeddings', and the task offers rows"),
 }

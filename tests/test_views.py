@@ -8,7 +8,7 @@ import pytest
 import toy
 
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.losses import LOSSES
+from l2t_jax.losses import LOSSES, build_loss
 from l2t_jax.memory import MEMORY_MODES
 from l2t_jax.methods.common import pull_of
 from l2t_jax.methods.l2t_dln import l2t_dln
@@ -83,7 +83,7 @@ def problem():
 @pytest.mark.parametrize("name", [name for name in toy.OF_CLASSES if name != "large_margin_softmax"])
 def test_every_loss_of_classes_runs_on_pixels(name, x64):
     """The mean of the losses of labelled pixels, 0.4 of the auxiliary head's; what is ignored has no derivative."""
-    loss = LOSSES[name](**({"num_classes": CLASSES} if name in ("adaptive_robust", "bilinear") else {}))
+    loss = build_loss(name, CLASSES)
     params = toy.to_x64(loss.init(jax.random.key(1)))
     batch = images(1, 4)
     variables = STUDENT.init(jax.random.key(0), batch.inputs)
