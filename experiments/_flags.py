@@ -2,7 +2,6 @@
 
 import dataclasses
 import datetime
-import math
 import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -256,8 +255,6 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         raise UsageError("--resume goes on with the run in --workdir, which is not given: add --workdir=DIR.")
     if not 0 <= FLAGS.held_out <= 0.9:  # absl lets nan through
         raise UsageError(f"--held_out={FLAGS.held_out} must lie between 0 and 0.9.")
-    if not 1 <= FLAGS.imbalance < math.inf:
-        raise UsageError(f"--imbalance={FLAGS.imbalance} must be a number of at least 1.")
     if not FLAGS.checkpoint_seconds >= 0:
         raise UsageError(f"--checkpoint_seconds={FLAGS.checkpoint_seconds} must be at least 0.")
     if FLAGS.labels == "noisy" and noise is None:

@@ -119,7 +119,7 @@ def test_a_run_on_a_long_tail_says_what_it_has_trained_on(tmp_path, capsys):
     ("module", "arguments", "message"),
     [
         (noisy_labels, ("--imbalance=0.5",), "imbalance"),
-        (noisy_labels, ("--imbalance=nan",), "--imbalance=nan must be a number of at least 1"),
+        (noisy_labels, ("--imbalance=nan",), "--imbalance=nan: an imbalance of nan is none: give how many times"),
         (detection, ("--imbalance=2", "--dataset=shapes"), "--imbalance=2: shapes: imbalance is of classes"),
     ],
 )

@@ -24,6 +24,7 @@ from l2t_jax.losses.embeddings import SIGNALS, distance_weights, draw_negatives,
 from l2t_jax.methods import method_names
 from l2t_jax.methods.ala import ala, elements
 from l2t_jax.presets import PRESETS
+from l2t_jax.runs import finals
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.setting import build_setting
 from l2t_jax.students import from_linen
@@ -658,6 +659,12 @@ def test_a_run_from_the_command(tmp_path):
     for method in summary["methods"].values():
         assert 0 < method["score"]["mean"] <= 1 and method["student_steps"] == 4
         assert set(method["scores"]) == {"recall@1", "recall@10", "recall@100"}
+    # What was learned is kept under the name of the loss that was moved, and can be built again from there.
+    losses = finals.read_about(tmp_path / "run" / "final")["losses"]
+    assert losses["ala"] == losses["l2t_dln"] == {"name": "triplet_mixture", "knobs": {}}
+    kept = finals.load(tmp_path / "run" / "final", "ala", 0)["loss"]
+    begun = finals.build(losses["ala"], 8).init(jax.random.key(0))
+    assert jax.tree.map(np.shape, kept) == jax.tree.map(np.shape, begun)
     # A policy that was trained there teaches another loss here, and is not trained.
     source = ("--method=ala", "--loss=focal_triplet", f"--teacher_from={tmp_path / 'run'}")
     assert launch(metric_learning, *RUN, *source, f"--workdir={tmp_path / 'other'}") == 0

@@ -11,9 +11,10 @@ import pytest
 import toy
 from jax.flatten_util import ravel_pytree
 
+from l2t_jax.losses.deep_weight import deep_weight, weight_of
 from l2t_jax.losses.weight_net import weight_net
 from l2t_jax.methods.common import merge_rounds
-from l2t_jax.methods.deep_interactions import deep_interactions, deep_weight, weight_of
+from l2t_jax.methods.deep_interactions import deep_interactions
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.meta_weight_net import meta_weight_net
 from l2t_jax.students import from_linen

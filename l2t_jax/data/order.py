@@ -214,27 +214,15 @@ def _pass_order(
     blocks: Blocks | None,
 ) -> np.ndarray:
     """The training or validation part of an epoch in the order of one pass over it."""
-    order = _shuffled(part, seed, epoch, pass_index, n, validation_ratio, fixed_split, blocks)
-    return order if blocks is None else _in_blocks(order, blocks, (seed, epoch, pass_index, 2 + (part == "train")))
-
-
-def _shuffled(
-    part: str,
-    seed: int,
-    epoch: int,
-    pass_index: int,
-    n: int,
-    validation_ratio: float,
-    fixed_split: bool,
-    blocks: Blocks | None,
-) -> np.ndarray:
     split = _split(seed, epoch, n, validation_ratio, fixed_split, blocks)
     if part == "train":
         # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
-        return split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]
-    if pass_index == 0 and not fixed_split:
-        return split.validation  # in random order already
-    return split.validation[_permutation((seed, epoch, pass_index, 1), len(split.validation))]
+        order = split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]
+    elif pass_index == 0 and not fixed_split:
+        order = split.validation  # in random order already
+    else:
+        order = split.validation[_permutation((seed, epoch, pass_index, 1), len(split.validation))]
+    return order if blocks is None else _in_blocks(order, blocks, (seed, epoch, pass_index, 2 + (part == "train")))
 
 
 def _in_blocks(order: np.ndarray, blocks: Blocks, seeds: tuple[int, ...]) -> np.ndarray:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from numpy.polynomial import chebyshev
 
-from l2t_jax.losses.common import check_classes, make_loss
+from l2t_jax.losses.common import check_number_of_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 ALPHA_LOW, ALPHA_HIGH = 0.001, 1.999
@@ -44,14 +44,8 @@ def adaptive_robust(*, num_classes: int = 10, scale_low: float = 0.1) -> Loss:
         return {"alpha": jnp.zeros(num_classes), "c": jnp.zeros(num_classes)}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
-        check_classes(outputs, targets)
-        classes = outputs.shape[-1]
-        if classes != num_classes:
-            raise ValueError(
-                f"adaptive_robust was built for {num_classes} classes and is given outputs of {classes}: "
-                f"build it with num_classes={classes}."
-            )
-        residual = jax.nn.one_hot(targets, classes, dtype=outputs.dtype) - jax.nn.softmax(outputs)  # [B, C]
+        check_number_of_classes("adaptive_robust", num_classes, outputs, targets)
+        residual = jax.nn.one_hot(targets, num_classes, dtype=outputs.dtype) - jax.nn.softmax(outputs)  # [B, C]
         return jnp.sum(negative_log_likelihood(residual, *shape_and_scale(params, scale_low)), axis=-1)
 
     return make_loss(losses_of, init=init, learned="student")

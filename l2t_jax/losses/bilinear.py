@@ -8,7 +8,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from l2t_jax.losses.common import check_classes, make_loss
+from l2t_jax.losses.common import check_number_of_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 
@@ -35,12 +35,7 @@ def bilinear(*, num_classes: int = 10) -> Loss:
         return {"phi": jnp.eye(num_classes), "bias": jnp.zeros(num_classes)}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
-        check_classes(outputs, targets)
-        if (classes := outputs.shape[-1]) != num_classes:
-            raise ValueError(
-                f"bilinear was built for {num_classes} classes and is given outputs of {classes}: build it with "
-                f"num_classes={classes}."
-            )
+        check_number_of_classes("bilinear", num_classes, outputs, targets)
         rows = params["phi"][targets]  # [B, C]
         score = jnp.sum(rows * jax.nn.log_softmax(outputs), axis=-1) + params["bias"][targets]
         return -jax.nn.sigmoid(score)
@@ -73,12 +68,7 @@ def bilinear_low_rank(*, num_classes: int = 10, rank: int = 8) -> Loss:
         return untaught(num_classes, rank) | {"left": left}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
-        check_classes(outputs, targets)
-        if (classes := outputs.shape[-1]) != num_classes:
-            raise ValueError(
-                f"bilinear_low_rank was built for {num_classes} classes and is given outputs of {classes}: build it "
-                f"with num_classes={classes}."
-            )
+        check_number_of_classes("bilinear_low_rank", num_classes, outputs, targets)
         chances = jax.nn.log_softmax(outputs)
         right = jnp.take_along_axis(chances, targets[:, None], axis=-1)[:, 0]
         across = jnp.sum(params["left"][targets] * (chances @ params["right"]), axis=-1)

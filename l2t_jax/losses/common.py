@@ -105,6 +105,20 @@ def check_weights(outputs: Array | Head, sample_weight: Array | None, mask: Arra
         raise ValueError(f"mask is {_told(mask)}: expected bool, True for what counts; weights go to sample_weight.")
 
 
+def check_number_of_classes(name: str, num_classes: int, outputs: Array, targets: Array) -> None:
+    """As `check_classes`, of a loss with parameters for each of so many classes.
+
+    Raises:
+      ValueError: as there, or outputs have another number of classes than this loss was built for.
+    """
+    check_classes(outputs, targets)
+    if (classes := outputs.shape[-1]) != num_classes:
+        raise ValueError(
+            f"{name} was built for {num_classes} classes and is given outputs of {classes}: build it with "
+            f"num_classes={classes}."
+        )
+
+
 def check_classes(outputs: Array | Head, targets: Array) -> None:
     """Check that outputs are logits [B, C] and targets the indices [B] of their classes.
 

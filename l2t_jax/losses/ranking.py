@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax.losses.common import check_classes, make_loss
+from l2t_jax.losses.common import check_classes, check_number_of_classes, make_loss
 from l2t_jax.types import Array, Key, Loss, PyTree
 
 READS = "batch"  # the view of a task: the rows of the whole batch, on every device
@@ -56,15 +56,9 @@ def aucpr(
         return {"bias": jnp.zeros((num_classes, anchors)), "lambda": jnp.ones((num_classes, anchors))}
 
     def losses_of(params: PyTree, outputs: Array, targets: Array) -> Array:
-        check_classes(outputs, targets)
-        classes = outputs.shape[-1]
-        if classes != num_classes:
-            raise ValueError(
-                f"aucpr was built for {num_classes} classes and is given outputs of {classes}: build it with "
-                f"num_classes={classes}."
-            )
+        check_number_of_classes("aucpr", num_classes, outputs, targets)
         p = precisions.astype(outputs.dtype)
-        of_class = jax.nn.one_hot(targets, classes, dtype=outputs.dtype)[:, :, None]  # [R, C, 1]
+        of_class = jax.nn.one_hot(targets, num_classes, dtype=outputs.dtype)[:, :, None]  # [R, C, 1]
         multiplier = jnp.abs(params["lambda"]).astype(outputs.dtype)  # [C, A]
         score = outputs[:, :, None] + params["bias"].astype(outputs.dtype)  # [R, C, A]
         positive = (1 + multiplier * (1 - p)) * jax.nn.softplus(-score) - multiplier * (1 - p) * math.log(2)

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 
 from l2t_jax.losses import LOSSES, build_loss
+from l2t_jax.losses.embeddings import READS
 from l2t_jax.methods.parts import Parts, dlf_loss, dln_arguments
 from l2t_jax.runs.records import load_arrays, save_arrays, write_json
 from l2t_jax.runs.setting import Setting
@@ -73,7 +74,7 @@ def about(setting: Setting, names: list[str]) -> dict[str, Any]:
 def loss_of(entry: str, parts: Parts) -> dict[str, Any] | None:
     """The loss that an entry trains its student with, by name and knobs of `build_loss`; None where it is none."""
     name = entry.removesuffix("_transfer")
-    if name == "l2t_dln":
+    if name == "l2t_dln" or (name == "ala" and READS in dict(parts.task.views)):
         if isinstance(parts.loss, Loss):
             return None
         knobs = dln_arguments(parts.settings) if parts.loss == "dln" else {}
