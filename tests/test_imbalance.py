@@ -74,7 +74,11 @@ def test_the_clean_part_is_spared_and_rare_is_what_an_example_truly_is():
         (a_set([5, 5]), np.inf, "an imbalance of inf is none"),
         (a_set([5, 5]), "2", "an imbalance of 2 is none"),
         (a_set([5, 0, 5]), 2, "class 1 has no example to train on"),
-        (Dataset("pixels", {"image": np.zeros(3)}, {"image": np.zeros(3)}), 2, "imbalance is of classes"),
+        (
+            Dataset("pixels", {"image": np.zeros(3)}, {"image": np.zeros(3)}),
+            2,
+            "imbalance is of sets that are classified",
+        ),
     ],
 )
 def test_bad_tails(data, ratio, match):
@@ -120,7 +124,11 @@ def test_a_run_on_a_long_tail_says_what_it_has_trained_on(tmp_path, capsys):
     [
         (noisy_labels, ("--imbalance=0.5",), "imbalance"),
         (noisy_labels, ("--imbalance=nan",), "--imbalance=nan: an imbalance of nan is none: give how many times"),
-        (detection, ("--imbalance=2", "--dataset=shapes"), "--imbalance=2: shapes: imbalance is of classes"),
+        (
+            detection,
+            ("--imbalance=2", "--dataset=shapes"),
+            "--imbalance=2: shapes: imbalance is of sets that are classified",
+        ),
     ],
 )
 def test_bad_flags(module, arguments, message, capsys):

@@ -188,6 +188,14 @@ def test_the_command_and_that_ala_is_rewarded_by_aucpr(tmp_path):
         assert abs(row["validation_AUCPR"] - row["validation_accuracy"]) > 1e-3
 
 
+def test_pairs_of_examples_with_weights_are_refused(capsys):
+    """On two devices weights would stand beside other rows than their own."""
+    assert launch(experiment, "--method=pairwise_aucroc", "--class_weight=balanced", "--seeds=1", "--rounds=1") == 2
+    assert (
+        "--method=pairwise_aucroc: this loss reads 'batch', and the task offers rows, head" in capsys.readouterr().err
+    )
+
+
 @pytest.mark.parametrize(
     ("knobs", "match"),
     [

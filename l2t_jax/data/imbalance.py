@@ -50,7 +50,7 @@ def with_imbalance(dataset: Dataset, ratio: float, seed: int) -> Dataset:
     require_counts(DataError, seed=(seed, 0))
     classes = getattr(dataset.info, "num_classes", None)
     if classes is None or "labels" not in dataset.train:
-        raise DataError(f"{dataset.name}: imbalance is of classes, and this data set has none: leave it out.")
+        raise DataError(f"{dataset.name}: imbalance is of sets that are classified, and this is none: leave it out.")
     kept = dataset.examples - dataset.meta
     labels = dataset.train.get("true", dataset.train["labels"])[:kept]
     available = np.bincount(labels, minlength=classes)

@@ -31,7 +31,7 @@ def ranking(dataset: Dataset, *, axis_name: str | None = None) -> Task:
       dataset: of `classification`.
       axis_name: mapped axis over which batches are divided, if any: whole batches are ranked.
     Returns:
-      a task with the view "batch" beside "rows" and "head".
+      a task with the view "batch" beside "rows" and "head", unless examples have weights.
     Source: ALA (ICML 2019), which rewards its policy by AUCPR and compares with Eban et al. 2017; the mean over classes
     is ours.
     """
@@ -46,7 +46,9 @@ def ranking(dataset: Dataset, *, axis_name: str | None = None) -> Task:
         outputs, _ = student.apply(variables, batch.inputs, False)
         return {"score": outputs, "class": batch.targets}
 
-    views = (("rows", rows), ("head", rows), (READS, partial(whole, axis_name=axis_name)))
+    # Pairs of examples have no weights.
+    pairs = () if "weight" in dataset.train else ((READS, partial(whole, axis_name=axis_name)),)
+    views = (("rows", rows), ("head", rows), *pairs)
     return plain._replace(metrics=metrics, views=views, measure=measure, score=_score, metric=METRIC)
 
 
