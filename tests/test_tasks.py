@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from altered import altered
 
-from l2t_jax.data import Dataset
+from l2t_jax.data import DataError, Dataset
 from l2t_jax.students import STUDENTS
-from l2t_jax.tasks import evaluate, measure_all
+from l2t_jax.tasks import TASKS, evaluate, measure_all
 from l2t_jax.tasks.classification import Classes, classification, crop_and_flip
 from l2t_jax.types import Student, Task
 
@@ -142,3 +142,17 @@ def test_evaluation_maps_over_students(task: Task, linear: tuple[Student, dict])
     one = [single(jax.tree.map(lambda a, i=i: a[i], both))["error"] for i in (0, 1)]
     np.testing.assert_allclose(results["error"].mean(1), one, rtol=1e-5)
     assert abs(one[0] - one[1]) > 1e-3
+
+
+@pytest.mark.parametrize(
+    ("task", "missing"),
+    [("segmentation", "mask"), ("detection", "boxes"), ("translation", "target"), ("translation", "source")],
+)
+def test_data_without_a_field_of_the_task(task: str, missing: str) -> None:
+    fields = {"image", "mask", "boxes", "classes", "crowd", "area", "source", "target"}
+    whole = {field: np.zeros(2) for field in fields}
+    part = {field: x for field, x in whole.items() if field != missing}
+    with pytest.raises(DataError, match=f"^made test: there is no {missing}.$"):
+        TASKS[task].check(Dataset("made", whole, part))
+    with pytest.raises(DataError, match="^made: info must be `"):
+        TASKS[task].check(Dataset("made", whole, whole))

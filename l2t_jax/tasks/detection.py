@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from l2t_jax.data import Dataset, images, require
+from l2t_jax.data import Dataset, images
 from l2t_jax.data.annotated import Annotated
 from l2t_jax.data.augment import place_boxed
 from l2t_jax.data.boxes import read_boxes_tfds, read_coco
@@ -34,7 +34,7 @@ from l2t_jax.tasks.boxes import (
     unletterbox,
 )
 from l2t_jax.tasks.reading import Seeds
-from l2t_jax.tasks.spec import Panel, TaskSpec
+from l2t_jax.tasks.spec import Panel, TaskSpec, has
 from l2t_jax.types import Array, Batch, Key, Metric, PyTree, Read, Student, Task
 
 _STRIDE = 32  # pixels of a cell of the coarsest map
@@ -323,18 +323,6 @@ def open_path(path: Path) -> Dataset:
     return _dataset(str(path), read_coco(path), 416)
 
 
-def check(dataset: Dataset) -> None:
-    """Check that both parts have images and boxes.
-
-    Raises:
-      DataError: names what is wrong.
-    """
-    for part, examples in (("train", dataset.train), ("test", dataset.test)):
-        missing = {"image", "boxes", "classes", "crowd", "area"} - set(examples)
-        require(not missing, f"{dataset.name} {part}: there are no {', '.join(sorted(missing))}.")
-    require(isinstance(dataset.info, Boxes), f"{dataset.name}: info must be `Boxes`.")
-
-
 DETECTION = TaskSpec(
     build=detection,
     datasets={
@@ -344,7 +332,7 @@ DETECTION = TaskSpec(
         "coco_mini": _tfds("coco_mini"),
     },
     open=open_path,
-    check=check,
+    check=has(Boxes, "image", "boxes", "classes", "crowd", "area"),
     classes=False,
     loss="linear_dln",
     baseline="sum_of_terms",

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from l2t_jax.data import Dataset, require
+from l2t_jax.data import Dataset
 from l2t_jax.data.annotated import Annotated
 from l2t_jax.data.augment import crop_masked, pad_to_canvas
 from l2t_jax.data.drawn import drawn_masks
@@ -22,7 +22,7 @@ from l2t_jax.data.masks import IGNORED, read_masks_tfds, read_pair, read_voc
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.students.layers import resize_aligned
 from l2t_jax.tasks.reading import Seeds
-from l2t_jax.tasks.spec import Panel, TaskSpec
+from l2t_jax.tasks.spec import Panel, TaskSpec, has
 from l2t_jax.types import Array, Batch, Errors, Key, Metric, PyTree, Read, Segmented, Student, Task
 
 AUXILIARY = 0.4  # weight of the second head's loss
@@ -283,18 +283,6 @@ def _canvas(part: PyTree, window: int) -> tuple[int, int]:
     return height, width
 
 
-def check(dataset: Dataset) -> None:
-    """Check that both parts have images and masks.
-
-    Raises:
-      DataError: names what is wrong.
-    """
-    for part, examples in (("train", dataset.train), ("test", dataset.test)):
-        missing = {"image", "mask"} - set(examples)
-        require(not missing, f"{dataset.name} {part}: there are no {', '.join(sorted(missing))}s.")
-    require(isinstance(dataset.info, Pixels), f"{dataset.name}: info must be `Pixels`.")
-
-
 def _dataset(name: str, found: Annotated, crop: int, window: int = 0) -> Dataset:
     return Dataset(name, found.train, found.test, Pixels(found.names, crop, window, counts=found.counts))
 
@@ -320,7 +308,7 @@ SEGMENTATION = TaskSpec(
         "coco_voc_seg_mini": _tfds("coco_voc_seg_mini", 193, 321),
     },
     open=open_path,
-    check=check,
+    check=has(Pixels, "image", "mask"),
     defaults={"dataset": "shapes", "student": "pspnet_small"},
     settings={"unroll_length": 2, "batch_size": 2, "validation_batch_size": 8, "epochs": 4},
     illustrate=illustrate,

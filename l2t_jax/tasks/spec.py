@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from l2t_jax.data import Dataset
+from l2t_jax.data import Dataset, require
 from l2t_jax.presets import Preset
 from l2t_jax.types import PyTree, Student, Task
 
@@ -51,6 +51,25 @@ class TaskSpec:
     def builders(self) -> tuple[Callable[..., Any], ...]:
         """Whose keywords are the task's knobs."""
         return (self.build,) if self.encode is None else (self.build, self.encode)
+
+
+def has(info: type, *fields: str) -> Callable[[Dataset], None]:
+    """Build the check that both parts of a data set have these fields, and that what is known of it is of this kind.
+
+    Args:
+      info: the class of `Dataset.info`.
+      *fields: of each part.
+    Returns:
+      a `TaskSpec.check`, which raises a DataError that names what is missing.
+    """
+
+    def check(dataset: Dataset) -> None:
+        for part, examples in (("train", dataset.train), ("test", dataset.test)):
+            missing = set(fields) - set(examples)
+            require(not missing, f"{dataset.name} {part}: there is no {' and no '.join(sorted(missing))}.")
+        require(isinstance(dataset.info, info), f"{dataset.name}: info must be `{info.__name__}`.")
+
+    return check
 
 
 def settings_for(spec: TaskSpec, preset: Preset) -> Preset:

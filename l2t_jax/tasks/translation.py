@@ -18,7 +18,7 @@ from l2t_jax.data.subwords import BEGIN, END, PAD, Subwords, train_subwords
 from l2t_jax.data.text import Pairs, made_pairs, read_pairs, read_pairs_tfds
 from l2t_jax.losses.cross_entropy import cross_entropy
 from l2t_jax.tasks.beam import beam_search
-from l2t_jax.tasks.spec import TaskSpec
+from l2t_jax.tasks.spec import TaskSpec, has
 from l2t_jax.types import Array, Batch, Errors, Key, Lengths, Metric, PyTree, Read, Student, Task
 from l2t_jax.unroll import each_example
 
@@ -298,24 +298,12 @@ def open_path(path: Path) -> Dataset:
     return _dataset(str(path), read_pairs(path), 10_000, 175)
 
 
-def check(dataset: Dataset) -> None:
-    """Check that both parts have sources and targets.
-
-    Raises:
-      DataError: names what is wrong.
-    """
-    for part, examples in (("train", dataset.train), ("test", dataset.test)):
-        missing = {"source", "target"} - set(examples)
-        require(not missing, f"{dataset.name} {part}: there are no {', '.join(sorted(missing))}s.")
-    require(isinstance(dataset.info, Sentences), f"{dataset.name}: info must be `Sentences`.")
-
-
 TRANSLATION = TaskSpec(
     build=translation,
     encode=encode,
     datasets={"made_up": _made, "multi30k_de_en": _tfds("multi30k_de_en", ("de", "en"), 1000)},
     open=open_path,
-    check=check,
+    check=has(Sentences, "source", "target"),
     defaults={"dataset": "made_up", "student": "transformer_small"},
     student_knobs={"width": 64, "hidden": 128},
     settings={
