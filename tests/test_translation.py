@@ -290,6 +290,7 @@ def test_the_language_has_a_rule_and_its_test_is_new():
     assert made_pairs(50, 20).train["source"].tolist() == made.train["source"].tolist()
 
 
+@pytest.mark.versions
 def test_subwords_are_learned_again_alike_and_give_the_text_back():
     texts = ["der hund sieht", "ein kind liebt den hund", "straße über äpfel"] * 3
     model = train_subwords(texts, 60)
@@ -323,6 +324,7 @@ def test_long_pairs_are_left_out_of_training_and_never_of_the_test_set():
     assert encode(hold_out(few(), 0.25)).info.model != whole.info.model
 
 
+@pytest.mark.versions
 def test_bleu_is_that_of_sacrebleu():
     said, meant = ["der Hund sieht ein Kind.", "ein Haus"], ["Der Hund sieht das Kind.", "ein Haus"]
     found = bleu(said, meant)

@@ -27,9 +27,11 @@ PART = {
     "pytest": "test_versions",
     "pytest-xdist": "test_versions",
     "rich": "test_progress",
+    "sacrebleu": "test_translation",
     "safetensors": "test_pspnet",
     "scikit-learn": "test_data",
     "scipy": "test_compare",
+    "sentencepiece": "test_translation",
     "tensorboardX": "test_records",
     "tensorflow-datasets": "test_data",
 }
