@@ -49,7 +49,6 @@ class Layer(nn.Module):
     heads: int
     dropout: float
     decodes: bool
-    place: int  # of its first dropout
 
     def setup(self) -> None:
         """Make what it consists of."""
@@ -61,31 +60,45 @@ class Layer(nn.Module):
         self.down = nn.Dense(self.width, kernel_init=_glorot)
         self.last_norm = norm()
 
-    def kept(self, x: Array) -> tuple[Array, Array]:
-        """Keys and values of x itself."""
-        return self.itself.kept(x)
-
-    def source(self, encoded: Array) -> tuple[Array, Array]:
-        """Keys and values of the source."""
-        return self.across.kept(encoded)
+    def _map(
+        self, x: Array, kept: PyTree, mask: Array, source: PyTree, seen: Any, keys: Key | None = None, place: Any = 0
+    ) -> Array:
+        x = self.norm(x + dropout(self.itself(x, kept[0], kept[1], mask), self.dropout, keys, place))
+        if self.decodes:
+            x = self.across_norm(x + dropout(self.across(x, source[0], source[1], seen), self.dropout, keys, place + 1))
+        inner = nn.relu(self.up(x))
+        return self.last_norm(x + dropout(self.down(inner), self.dropout, keys, place + 2))
 
     def __call__(
-        self,
-        x: Array,
-        kept: tuple[Array, Array],
-        mask: Array,
-        source: PyTree = (),
-        seen: Any = None,
-        keys: Key | None = None,
-    ) -> Array:
-        """Map x [B, T, d], with what is kept of itself and of the source and where it may look there."""
-        x = self.norm(x + dropout(self.itself(x, *kept, mask), self.dropout, keys, self.place))
-        if self.decodes:
-            x = self.across_norm(
-                x + dropout(self.across(x, source[0], source[1], seen), self.dropout, keys, self.place + 1)
-            )
-        inner = nn.relu(self.up(x))
-        return self.last_norm(x + dropout(self.down(inner), self.dropout, keys, self.place + 2))
+        self, x: Array, place: Any, mask: Array, encoded: Array | None, seen: Array | None, keys: Key | None
+    ) -> tuple[Array, None]:
+        """Map x [B, T, d], which may look where the masks are true: at itself, and at the encoded source [B, S, d]."""
+        source = () if encoded is None else self.across.kept(encoded)
+        return self._map(x, self.itself.kept(x), mask, source, seen, keys, place), None
+
+    def source(self, nothing: tuple[()], encoded: Array) -> tuple[tuple[()], tuple[Array, Array]]:
+        """Keys and values of the source."""
+        return nothing, self.across.kept(encoded)
+
+    def step(
+        self, x: Array, kept: PyTree, source: PyTree, mask: Array, seen: Array, t: Array
+    ) -> tuple[Array, tuple[Array, ...]]:
+        """Map x [B, 1, d] at place t, and keep its keys and values beside those before it."""
+        after = tuple(
+            lax.dynamic_update_slice_in_dim(old, new, t, 1) for old, new in zip(kept, self.itself.kept(x), strict=True)
+        )
+        return self._map(x, after, mask, source, seen), after
+
+
+def _stack(layers: int, layer: Any) -> Any:
+    """So many layers, one after the other, in a scan: one is traced and compiled, not each.
+
+    What is kept of them is [B, layers, ...].
+    """
+    same = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}, "length": layers}
+    every = nn.broadcast
+    takes = {"__call__": (0, every, every, every, every), "source": every, "step": (1, 1, every, every, every)}
+    return nn.scan(layer, methods={name: {**same, "in_axes": axes, "out_axes": 1} for name, axes in takes.items()})()
 
 
 def positions(length: int, width: int) -> np.ndarray:
@@ -109,8 +122,12 @@ class Transformer(nn.Module):
         embed = partial(nn.Embed, self.num_classes, self.width, embedding_init=nn.initializers.normal(self.width**-0.5))
         self.source_embedding, self.target_embedding = embed(), embed()
         layer = partial(Layer, self.width, self.hidden, self.heads, self.dropout)
-        self.encoder = [layer(decodes=False, place=2 + 3 * i) for i in range(self.layers)]
-        self.decoder = [layer(decodes=True, place=2 + 3 * (self.layers + i)) for i in range(self.layers)]
+        self.encoder = _stack(self.layers, partial(layer, False))
+        self.decoder = _stack(self.layers, partial(layer, True))
+
+    def _places(self, first: int) -> Array:
+        """Of each layer's dropouts: a number for the first of three."""
+        return first + 3 * jnp.arange(self.layers)
 
     def _embedded(
         self, table: nn.Embed, ids: Array, first: Array | int, keys: Key | None, place: int, most: int
@@ -123,9 +140,7 @@ class Transformer(nn.Module):
         """Map ids [B, S] to [B, S, d]."""
         x = self._embedded(self.source_embedding, source, 0, keys, 0, source.shape[1])
         mask = (source != PAD)[:, None, None]
-        for layer in self.encoder:
-            x = layer(x, layer.kept(x), mask, keys=keys)
-        return x
+        return self.encoder(x, self._places(2), mask, None, None, keys)[0]
 
     def __call__(self, inputs: tuple[Array, Array], train: bool, keys: Key | None = None) -> Array:
         """Map ids of the source [B, S] and of the target before each place [B, T] to logits [B, T, V]."""
@@ -134,29 +149,23 @@ class Transformer(nn.Module):
         length = target.shape[1]
         x = self._embedded(self.target_embedding, target, 0, keys, 1, length)
         before = jnp.tril(jnp.ones((length, length), bool))[None, None]
-        for layer in self.decoder:
-            x = layer(x, layer.kept(x), before, layer.source(encoded), seen, keys)
+        x, _ = self.decoder(x, self._places(2 + 3 * self.layers), before, encoded, seen, keys)
         return self.target_embedding.attend(x)
 
     def begin(self, source: Array, steps: int) -> tuple[PyTree, PyTree]:
         """What all steps read of a source [B, S], and what they write: the keys and values of so many places."""
         encoded, seen = self.encode(source), (source != PAD)[:, None, None]
-        memory = [layer.source(encoded) for layer in self.decoder]
-        room = jnp.zeros((source.shape[0], steps, self.heads, self.width // self.heads), encoded.dtype)
-        return (memory, seen), [(room, room) for _ in self.decoder]
+        _, memory = self.decoder.source((), encoded)
+        shape = (source.shape[0], self.layers, steps, self.heads, self.width // self.heads)
+        room = jnp.zeros(shape, encoded.dtype)
+        return (memory, seen), (room, room)
 
     def step(self, memory: PyTree, cache: PyTree, ids: Array, t: Array) -> tuple[Array, PyTree]:
         """Logits [B, V] of what follows the ids [B] at place t, and the cache with them."""
         sources, seen = memory
-        steps = cache[0][0].shape[1]
+        steps = cache[0].shape[2]
         x = self._embedded(self.target_embedding, ids[:, None], t, None, 1, steps)
-        mask, after = (jnp.arange(steps) <= t)[None, None, None], []
-        for layer, source, kept in zip(self.decoder, sources, cache, strict=True):
-            kept = tuple(
-                lax.dynamic_update_slice_in_dim(old, new, t, 1) for old, new in zip(kept, layer.kept(x), strict=True)
-            )
-            x = layer(x, kept, mask, source, seen)
-            after.append(kept)
+        x, after = self.decoder.step(x, cache, sources, (jnp.arange(steps) <= t)[None, None, None], seen, t)
         return self.target_embedding.attend(x)[:, 0], after
 
 
