@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 
 from benchmarks import label_errors
+from experiments import compare
+from l2t_jax.runs import tables
 from l2t_jax.runs.cells import cell_name
 from l2t_jax.runs.records import read_record
+from l2t_jax.runs.reporting import shown
+from l2t_jax.types import Metric
 
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "experiments", "benchmarks", "l2t_jax", "tests")  # not runs/, which is of no commit
@@ -70,6 +74,40 @@ def test_the_page_of_label_errors_is_its_record():
     for name in {row["set"] for row in rows}:
         first = text.partition(f"## {name},")[2].split("|---|---|---|---|\n")[1].splitlines()[0]
         assert ", trust |" in first
+
+
+def test_rows_of_a_long_tail_are_their_records():
+    """Accuracy and that of the rarest class, of both sets; table.md is written from them."""
+    expected = {}
+    for folder, label in (("long_tail", "{}"), ("long_tail_balanced", "{}, `--class_weight=balanced`")):
+        records = [read_record(path) for path in sorted((RESULTS / folder / "records").glob("*.json"))]
+        assert (RESULTS / folder / "table.md").read_text() == tables.markdown(compare.table(records, "noisy labels"))
+        for record in records:
+            for method, found in record["methods"].items():
+                score = shown(found["score"], record["metric"]).removesuffix(" %")
+                rarest = f"{100 * found['scores']['accuracy of 9']['mean']:.0f}"
+                expected.setdefault(label.format(method.replace("_", " ")), {})[record["dataset"]] = (score, rarest)
+    assert len(expected) == 30
+    text = (ROOT / "docs" / "rare_classes.md").read_text()
+    for method, cells in expected.items():
+        assert f"| {method} | {' | '.join([*cells['digits'], *cells['mnist']])} |" in text
+
+
+def test_rows_of_ranking_are_their_records():
+    """Of each method that of the rate which was best on held-out examples, and no rate is the last that was tried."""
+    tuned, final = {}, {}
+    for path in (RESULTS / "digits_aucpr").iterdir():
+        for method, found in read_record(path)["methods"].items():
+            part, rate = re.fullmatch(r"(held_out|final)_([0-9.]+)(?:_taught)?", path.stem).groups()
+            (tuned if part == "held_out" else final).setdefault(method, {})[float(rate)] = found
+    text = (ROOT / "docs" / "rare_classes.md").read_text()
+    for method, rates in tuned.items():
+        best = max(rates, key=lambda rate: rates[rate]["score"]["mean"])
+        assert min(rates) < best < max(rates)
+        found = final[method][best]
+        score = shown(found["score"], Metric("AUCPR", "%")._asdict()).removesuffix(" %")
+        seconds = found["wall_time_s"] / len(found["score"]["per_seed"])
+        assert f"| {method.replace('_', ' ')} | {score} | {best:g} | {seconds:.0f} |" in text
 
 
 def test_rankings_are_judged():
