@@ -98,6 +98,12 @@ flags.DEFINE_string(
     "FILE that names the training examples that are known to be right, which then measure the validation error: a .csv "
     "with a column index, an .npy, or an array of an .npz as FILE:NAME.",
 )
+flags.DEFINE_bool(
+    "train_on_clean",
+    False,
+    "Train on the clean examples of --meta or --clean as well, as one would who has no other use of them: the fair "
+    "form of a baseline that reads no validation error.",
+)
 flags.DEFINE_string(
     "data_dir", None, "Folder of prepared TFDS data sets. Default: $TFDS_DATA_DIR or ~/tensorflow_datasets."
 )
@@ -266,6 +272,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         clean=FLAGS.clean,
         class_weight=FLAGS.class_weight,
         imbalance=FLAGS.imbalance,
+        train_on_clean=FLAGS.train_on_clean,
         student=_settings.known("student", given("student"), STUDENTS),
         student_knobs=_student_knobs(of_task),
         task_knobs=_task_knobs(),

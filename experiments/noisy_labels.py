@@ -8,7 +8,8 @@ With no flags: L2T-DLN and cross entropy on the UCI digits with 40 % wrong label
   python -m experiments.noisy_labels --noise_ratio=0 --imbalance=100
   python -m experiments.noisy_labels --dataset=cifar10 --data_dir=DIR --student=resnet32 --noise_ratio=0.2
 
-The clean examples measure the validation error of the methods that have one; nothing is trained on them otherwise. An
+The clean examples measure the validation error of the methods that have one; nothing is trained on them otherwise, but
+with --train_on_clean, which is how a method that has no use of them may be compared fairly. An
 epoch is a pass over the others. Beside the files of experiments.classification it writes observations.jsonl: at 41
 moments, how many of the wrong labels the student has learned, how many it sees through, and how much of the
 gradient comes from them.

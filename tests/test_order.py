@@ -87,6 +87,23 @@ def test_seed_and_epoch_change_the_order() -> None:
     assert not np.array_equal(epoch(0)[0].ravel()[:56], splits[0].train[:56])
 
 
+def test_a_meta_set_may_be_trained_on_as_well() -> None:
+    """Then a pass over the training part has all examples; what validates is the same."""
+    fixed = SIZES | {"fixed_split": True, "epoch_stages": 2}
+    plan, apart = Plan(**fixed, meta_trains=True), Plan(**fixed)
+    assert plan.split(3, 0).train.tolist() == list(range(103)) and apart.split(3, 0).train.tolist() == list(range(62))
+    drawn = [plan.indices(3, r) for r in range(7)]
+    train = np.concatenate([part.ravel() for part, _ in drawn])[: 2 * 98]  # 14 batches of 7 a pass, 5 left over
+    for one in train.reshape(2, 98):
+        assert len(set(one)) == 98 and set(range(62, 103)) & set(one)
+    for (_, validation), r in zip(drawn, range(7), strict=True):
+        np.testing.assert_array_equal(validation, apart.indices(3, r)[1])
+    longer = Plan(**fixed | {"examples": 1030}, meta_trains=True)  # 1030 // 42 and 618 // 42 rounds of an epoch
+    assert (longer.rounds_per_epoch, Plan(**fixed | {"examples": 1030}).rounds_per_epoch) == (24, 14)
+    with pytest.raises(ValueError, match="meta_trains is of a meta set"):
+        Plan(**SIZES, meta_trains=True)
+
+
 @pytest.mark.parametrize(
     "changed, message",
     [

@@ -80,6 +80,7 @@ class Plan:
     stages: int  # S
     # the last examples, a meta set, validate in every epoch, and batches stream on over the whole run
     fixed_split: bool = False
+    meta_trains: bool = False  # the meta set is trained on as well
     # S of the method with which this one is compared, so that both have the same epochs, and, where S N are equal, the
     # same training batches; by default `stages`
     epoch_stages: int | None = None
@@ -102,6 +103,8 @@ class Plan:
                         f"beside: give at least {2 * self.blocks.size}, or a smaller per_class."
                     )
         n_train, n_validation = split_sizes(self.examples, self.validation_ratio)
+        if self.meta_trains and not self.fixed_split:
+            raise ValueError("meta_trains is of a meta set, and the parts are divided anew: give fixed_split.")
         parts = f"{self.examples} examples at validation_ratio={self.validation_ratio} leave"
         if self.batch_size > n_train:
             raise ValueError(
@@ -118,8 +121,8 @@ class Plan:
         return self.stages if self.epoch_stages is None else self.epoch_stages
 
     @property
-    def _validation_rounds(self) -> int:
-        """Rounds of a pass over the validation part."""
+    def rounds_per_pass(self) -> int:
+        """Rounds in which the validation part is read once."""
         _, n_validation = split_sizes(self.examples, self.validation_ratio)
         return n_validation // (self._epoch_stages * self.validation_batch_size)
 
@@ -127,8 +130,8 @@ class Plan:
     def rounds_per_epoch(self) -> int:
         """An epoch reads the validation part once; where a meta set is kept apart, the training part."""
         if not self.fixed_split:
-            return self._validation_rounds
-        n_train, _ = split_sizes(self.examples, self.validation_ratio)
+            return self.rounds_per_pass
+        n_train, _ = _sizes(self.examples, self.validation_ratio, self.meta_trains)
         return max(1, n_train // (self.stages * self.unroll_length * self.batch_size))
 
     def of(self, stages: int) -> "Plan":
@@ -139,11 +142,14 @@ class Plan:
     def split(self, seed: int, epoch: int) -> Split:
         """The training and the validation part of an epoch: read-only indices, at random in every epoch.
 
+        Where `meta_trains`, the training part is of all examples.
+
         Raises:
           ValueError: a number is no integer of at least 0.
         """
         require_counts(seed=(seed, 0), epoch=(epoch, 0))
-        return _split(seed, epoch, self.examples, self.validation_ratio, self.fixed_split, self.blocks)
+        which = self.examples, self.validation_ratio, self.meta_trains, self.fixed_split, self.blocks
+        return _split(seed, epoch, *which)
 
     def indices(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
         """The examples a round reads: training indices [S, N, B] and validation indices [S, V], int32.
@@ -162,7 +168,7 @@ class Plan:
     def _alike(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
         """As `indices`, of rounds of an epoch that share out their examples by length; which is which is drawn."""
         assert self.lengths is not None
-        rounds = None if self.fixed_split else self._validation_rounds
+        rounds = None if self.fixed_split else self.rounds_per_pass
         r = round if rounds is None else round % rounds
         first = r - r % self.buckets
         count = self.buckets if rounds is None else min(self.buckets, rounds - first)
@@ -178,8 +184,8 @@ class Plan:
         return found[0], found[1]
 
     def _drawn(self, seed: int, round: int) -> tuple[np.ndarray, np.ndarray]:
-        epoch, r = (0, round) if self.fixed_split else divmod(round, self._validation_rounds)
-        which = seed, epoch, self.examples, self.validation_ratio, self.fixed_split, self.blocks
+        epoch, r = (0, round) if self.fixed_split else divmod(round, self.rounds_per_pass)
+        which = seed, epoch, self.examples, self.validation_ratio, self.meta_trains, self.fixed_split, self.blocks
         steps = self.stages * self.unroll_length
         train = _batches("train", r * steps, (r + 1) * steps, self.batch_size, *which)
         validation = _batches("validation", r * self.stages, (r + 1) * self.stages, self.validation_batch_size, *which)
@@ -188,7 +194,13 @@ class Plan:
 
 @lru_cache(maxsize=32)
 def _split(
-    seed: int, epoch: int, n: int, validation_ratio: float, fixed_split: bool, blocks: Blocks | None = None
+    seed: int,
+    epoch: int,
+    n: int,
+    validation_ratio: float,
+    meta_trains: bool,
+    fixed_split: bool,
+    blocks: Blocks | None = None,
 ) -> Split:
     n_train, _ = split_sizes(n, validation_ratio)
     if blocks is not None and blocks.apart:
@@ -199,7 +211,12 @@ def _split(
         order.setflags(write=False)
     else:
         order = np.arange(n, dtype=np.int32) if fixed_split else _permutation((seed, epoch, 0), n)
-    return Split(order[:n_train], order[n_train:])
+    return Split(order if meta_trains else order[:n_train], order[n_train:])
+
+
+def _sizes(n: int, validation_ratio: float, meta_trains: bool) -> tuple[int, int]:
+    n_train, n_validation = split_sizes(n, validation_ratio)
+    return (n if meta_trains else n_train), n_validation
 
 
 @lru_cache(maxsize=128)
@@ -210,11 +227,12 @@ def _pass_order(
     pass_index: int,
     n: int,
     validation_ratio: float,
+    meta_trains: bool,
     fixed_split: bool,
     blocks: Blocks | None,
 ) -> np.ndarray:
     """The training or validation part of an epoch in the order of one pass over it."""
-    split = _split(seed, epoch, n, validation_ratio, fixed_split, blocks)
+    split = _split(seed, epoch, n, validation_ratio, meta_trains, fixed_split, blocks)
     if part == "train":
         # Counted from 1, for NumPy reads the seeds (s, e) and (s, e, 0) as the same, and the split has 0.
         order = split.train[_permutation((seed, epoch, pass_index + 1), len(split.train))]
@@ -240,8 +258,8 @@ def _in_blocks(order: np.ndarray, blocks: Blocks, seeds: tuple[int, ...]) -> np.
 
 def _batches(part: str, begin: int, end: int, size: int, *which: Any) -> np.ndarray:
     """Batches number begin to end - 1 of those that stream over a part of an epoch, [end - begin, size]."""
-    _, _, n, validation_ratio, *_ = which
-    per_pass = split_sizes(int(n), validation_ratio)[part == "validation"] // size
+    _, _, n, validation_ratio, meta_trains, *_ = which
+    per_pass = _sizes(n, validation_ratio, meta_trains)[part == "validation"] // size
     seed, epoch, *rest = which
     places = [divmod(i, per_pass) for i in range(begin, end)]
     return np.stack([_pass_order(part, seed, epoch, p, *rest)[j * size : (j + 1) * size] for p, j in places])

@@ -14,6 +14,7 @@ from l2t_jax.memory import FORWARD
 from l2t_jax.methods.ala import Moved, ala, elements, pairs_of_classes
 from l2t_jax.methods.common import merge_rounds, on_validation, over_lives
 from l2t_jax.methods.deep_interactions import deep_interactions
+from l2t_jax.methods.early_stopped import early_stopped
 from l2t_jax.methods.fixed_loss import fixed_loss
 from l2t_jax.methods.l2rw import l2rw
 from l2t_jax.methods.l2t_dlf import l2t_dlf
@@ -99,6 +100,19 @@ def _fixed(name: str) -> Callable[[Parts, bool], Method]:
         )
 
     return build
+
+
+def _early_stopped(parts: Parts) -> Method:
+    """The task's fixed loss, stopped where the validation error was least."""
+    plan = parts.plan
+    return early_stopped(
+        _fixed(parts.baseline)(parts, False),
+        parts.student,
+        parts.task,
+        rounds=plan.rounds,
+        rounds_per_pass=plan.rounds_per_pass,
+        axis_name=parts.axis_name,
+    )
 
 
 def _l2t_dlf(parts: Parts, learn: bool) -> Method:
@@ -211,6 +225,7 @@ METHODS: dict[str, Callable[[Parts, bool], Method]] = {  # name -> (parts, wheth
     "taylor_glo": _taught_by("taylor_glo", lambda: from_optax(optax.adam(1e-3))),
     "bilinear": _untaught,
     "meta_only": _single_steps(_meta_only),
+    "early_stopped": lambda parts, learn: _early_stopped(parts),
 }
 
 # Whose signature says what can be set of a method by name; of L2T-DLN these are the rows of the preset's sheet.

@@ -84,7 +84,8 @@ def group_of(config: Config) -> str:
     noise = "" if config.noise is None else f"_{config.noise.kind}{100 * config.noise.ratio:g}"
     given = "" if config.labels is None else Path(config.labels.replace(":", "_")).stem
     tail = "" if config.imbalance == 1 else f"imbalance{config.imbalance:g}"
-    return cell_name(Path(config.dataset).stem, config.student + noise, given, tail)
+    clean = "and_clean" if config.train_on_clean else ""
+    return cell_name(Path(config.dataset).stem, config.student + noise, given, tail, clean)
 
 
 def cell_name(*parts: object) -> str:

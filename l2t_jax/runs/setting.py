@@ -265,6 +265,8 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
     """
     lengths = task.lengths if task else None
     settings, examples = config.settings, dataset.examples
+    if config.train_on_clean and not dataset.meta:
+        raise UsageError("--train_on_clean: no examples are known to be clean: give --meta or --clean, or no flag.")
     strata, blocks = TASKS[config.task].strata, None
     if task is not None and task.together > 1 and strata is not None:
         blocks = Blocks(strata(dataset), task.together, task.apart)
@@ -277,6 +279,7 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
             validation_ratio=dataset.meta / examples if dataset.meta else settings.validation_ratio,
             examples=examples,
             stages=STAGES[settings.second_stage],
+            meta_trains=config.train_on_clean,
             fixed_split=dataset.meta > 0 or (blocks is not None and blocks.apart),
             blocks=blocks,
             lengths=lengths.of(dataset.train) if lengths else None,
