@@ -193,6 +193,8 @@ def test_the_parts_of_an_example_stay_together(digits: Dataset) -> None:
     assert wrong_share(held) == pytest.approx(0.39, abs=0.02)
     np.testing.assert_array_equal(held.train["inputs"][-100:], noisy.train["inputs"][-100:])  # of the meta set none
     assert held.meta == 100 and "true" not in held.test
+    right = {x.tobytes(): y for x, y in zip(digits.train["inputs"], labels, strict=True)}  # judged by the truth
+    assert [right[x.tobytes()] for x in held.test["inputs"]] == held.test["labels"].tolist()
     with pytest.raises(DataError, match="its labels are wrong already"):
         with_noise(held, "flip2", 0.0, 0, 1)
     with pytest.raises(DataError, match=r"index is \[3\], expected one for each of 1437"):

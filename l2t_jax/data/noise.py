@@ -102,7 +102,7 @@ def with_noise(dataset: Dataset, kind: str, ratio: float, meta: int, seed: int) 
     labels = dataset.train["labels"]
     matrix = transition(kind, ratio, classes, seed)
     order = np.random.default_rng((seed, 2)).permutation(len(labels))
-    apart = _balanced(labels[order], meta, classes)
+    apart = balanced(labels[order], meta, classes)
     order = np.concatenate([order[~apart], order[apart]])
     true = labels[order]
     kept = len(true) - meta
@@ -120,7 +120,7 @@ def wrong_share(dataset: Dataset) -> float:
     return float(np.mean(dataset.train["labels"][:kept] != dataset.train["true"][:kept]))
 
 
-def _balanced(labels: np.ndarray, meta: int, classes: int) -> np.ndarray:
+def balanced(labels: np.ndarray, meta: int, classes: int) -> np.ndarray:
     """Which examples [n] are the first meta / C of their class; of a rest, the first classes give one more each."""
     if not isinstance(meta, (int, np.integer)) or meta < 0 or 0 < meta < classes:
         raise DataError(f"a meta set of {meta} must have an example of each of {classes} classes at least, or be 0.")

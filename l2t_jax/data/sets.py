@@ -139,7 +139,8 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0, *, strata: np.ndarra
       seed: of the draw; equal seeds hold out the same examples.
       strata: [n] the kind of each example, e.g. its class, of which equal shares are held out; by default all are one.
     Returns:
-      the data set, its name and the order of the remaining training examples as they were.
+      the data set, its name and the order of the remaining training examples as they were. What is held out has the
+      true labels, where some are wrong and the right ones are known.
     Raises:
       DataError: the share is none, or a stratum would have no example in one of the parts.
     """
@@ -163,4 +164,5 @@ def hold_out(dataset: Dataset, share: float, seed: int = 0, *, strata: np.ndarra
             "any: choose another share.",
         )
         held[members[:wanted]] = True
-    return dataset.take(~held, test=at({name: dataset.train[name] for name in dataset.test}, held))
+    judged = {"labels": "true"} if "true" in dataset.train else {}  # a test set has right labels
+    return dataset.take(~held, test=at({name: dataset.train[judged.get(name, name)] for name in dataset.test}, held))
