@@ -49,7 +49,7 @@ def read_columns(path: Path, columns: list[str]) -> list[list[str]]:
 
 
 def features_of(train: list[str], test: list[str], words: int) -> tuple[np.ndarray, np.ndarray]:
-    """TF-IDF of the most frequent words of the training texts, [n, F] and [n', F] float32; English stop words left out."""
+    """TF-IDF of the training texts' most frequent words that are no English stop words, [n, F] and [n', F] float32."""
     vectorizer = TfidfVectorizer(max_features=words, stop_words="english", sublinear_tf=True, dtype=np.float32)
     return vectorizer.fit_transform(train).toarray(), vectorizer.transform(test).toarray()
 

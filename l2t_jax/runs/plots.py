@@ -5,7 +5,7 @@ Legend: R points of a curve, G grid points along one axis of a surface. All writ
 
 import math
 import zlib
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -162,6 +162,39 @@ def costs(
         _frame(axes)
     order = [*solid, *groups[1][2], marks[0]]
     figure.legend([legend[name] for name in order], order, loc="outside right upper", frameon=False, fontsize="small")
+    figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
+    return _write(figure, path)
+
+
+def reached(
+    path: str | Path, lines: Mapping[str, Sequence[tuple[float, float, float]]], *, xlabel: str, ylabel: str, title: str
+) -> Figure:
+    """Draw what was reached against what it cost, which is logarithmic.
+
+    Args:
+        path: the picture, its format by the suffix.
+        lines: name -> [(cost, mean, standard deviation), ...], the best first: the legend keeps the order.
+        xlabel, ylabel: quantities and units.
+        title: above it.
+
+    Raises:
+        ValueError: where there is nothing.
+    """
+    if not any(lines.values()):
+        raise ValueError("There is nothing to draw: give at least one line with a point.")
+    figure = Figure(figsize=(8.4, 4.8), layout="constrained")
+    axes = figure.add_subplot()
+    for place, (name, line) in enumerate(lines.items()):
+        x, y, spread = np.array(sorted(line)).T if line else np.empty((3, 0))
+        style = ("-", "--", ":")[place // len(COLOURS) % 3]
+        colour = COLOURS[place % len(COLOURS)]
+        axes.errorbar(
+            x, y, spread, fmt=style, marker="o", markersize=3, linewidth=1.3, elinewidth=0.8, color=colour, label=name
+        )
+    axes.set(xscale="log", xlabel=xlabel, ylabel=ylabel)
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    _frame(axes)
+    figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
     return _write(figure, path)
 
