@@ -70,6 +70,8 @@ def _prepare() -> Noise | None:
         raise UsageError("--student_lr is chosen for each row: give --rates.")
     if FLAGS.held_out:
         raise UsageError(f"--held_out is {HELD_OUT} where rates are chosen, and 0 where they are judged: leave it out.")
+    for name in ("rates", "shorter"):
+        parse_numbers(name, FLAGS[name].value or [])
     methods = ",".join(dict.fromkeys(way.method for way in WAYS))
     _flags.set_defaults(method=methods, seeds="3", workdir=f"runs/worth_{Path(_flags.given('dataset')).stem}")
     return _noise.from_flags()
@@ -79,13 +81,12 @@ def fill(config: Config, options: Options) -> int:
     """Choose the rates, run every cell that is not done, then write the tables and the picture."""
     rates, ways = parse_numbers("rates", FLAGS.rates), ways_of(config)
     tuning = dataclasses.replace(config, held_out=HELD_OUT, seeds=config.seeds[:1])
-    tried = [tried_cell(tuning, way, rate) for way in ways for rate in rates]
-    records, code = run_cells(tried, options, loader(tuning, options))
-    some = next(iter(records.values()))
-    if not some["config"]["meta"]:
+    load = loader(tuning, options)
+    if not load(config.dataset).meta:
         raise UsageError("no examples are known to be clean, and this table is of what they are good for: give some.")
+    records, code = run_cells([tried_cell(tuning, way, rate) for way in ways for rate in rates], options, load)
     best = {way.name: best_rate(tuning, way, rates, records) for way in ways}
-    whole = int(some["config"]["rounds"])
+    whole = int(next(iter(records.values()))["config"]["rounds"])
     given = [int(n) for n in parse_numbers("shorter", FLAGS.shorter)]
     lengths = sorted({*(given or [max(1, whole // share) for share in SHARES]), whole})
     found, failed = run_cells(
@@ -202,7 +203,7 @@ def table_of(every: list[Reached]) -> Table:
     rows = [one.rows[-1]._replace(compared=(base,)) for one in every]
     config = record["config"]
     return Table(
-        f"What teaching is worth: {name_of({**record, 'config': {**config, 'train_on_clean': False}})}",
+        f"What teaching is worth: {_data(record)}",
         [
             Section(steps, rows, f"Equal steps: {every[0].rows[-1].outcome['student_steps']}"),
             Section(within, rows, "Equal seconds: the longest run of a seed that takes no more"),
@@ -227,7 +228,12 @@ def draw(path: Path, every: list[Reached]) -> None:
         ]
         for one in every
     }
-    plots.reached(path, lines, xlabel="seconds a seed", ylabel=headline(record), title=name_of(record))
+    plots.reached(path, lines, xlabel="seconds a seed", ylabel=headline(record), title=_data(record))
+
+
+def _data(record: Record) -> str:
+    """What all rows were measured on, however a row was trained."""
+    return name_of({**record, "config": {**record["config"], "train_on_clean": False}})
 
 
 def budgets_of(every: list[Reached]) -> list[float]:

@@ -237,7 +237,7 @@ KNOBS: dict[str, Callable[..., Any]] = {
     "deep_interactions": deep_interactions,
     "mentornet": mentornet,
     "mentornet_data_driven": mentornet,
-    **{name: LOSSES[name] for name in fixed_losses()},
+    **{name: LOSSES[name] for name in (*fixed_losses(), *SIGNALS)},
 }
 
 

@@ -173,7 +173,7 @@ def reached(
 
     Args:
         path: the picture, its format by the suffix.
-        lines: name -> [(cost, mean, standard deviation), ...], the best first: the legend keeps the order.
+        lines: name -> [(cost, mean, standard deviation), ...], joined in this order.
         xlabel, ylabel: quantities and units.
         title: above it.
 
@@ -185,7 +185,7 @@ def reached(
     figure = Figure(figsize=(8.4, 4.8), layout="constrained")
     axes = figure.add_subplot()
     for place, (name, line) in enumerate(lines.items()):
-        x, y, spread = np.array(sorted(line)).T if line else np.empty((3, 0))
+        x, y, spread = np.array(line).T if line else np.empty((3, 0))
         style = ("-", "--", ":")[place // len(COLOURS) % 3]
         colour = COLOURS[place % len(COLOURS)]
         axes.errorbar(

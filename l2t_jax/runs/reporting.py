@@ -297,7 +297,7 @@ def name_of(record: dict[str, Any]) -> str:
     """What a record was measured on, `digits, mlp, flip2 40 %, long tail of 100`."""
     config = record["config"]
     noise, tail = noise_of(config), config.get("imbalance", 1.0)  # older records lack what was no choice then
-    told = [record["dataset"], record["student"], f"{noise} %" if noise else ""]
+    told = [Path(record["dataset"]).name, record["student"], f"{noise} %" if noise else ""]
     told.append(f"long tail of {tail:g}" if tail != 1 else "")
     told.append("trained on the clean ones too" if config.get("train_on_clean") else "")
     return ", ".join(filter(None, told))
