@@ -9,6 +9,7 @@ from absl import flags
 from l2t_jax import inputs
 from l2t_jax.knobs import knobs_of, read_knob
 from l2t_jax.losses.dln import INPUTS, REDUCTION, SQUASH
+from l2t_jax.losses.embeddings import SIGNALS
 from l2t_jax.methods import KNOBS
 from l2t_jax.methods.l2t_dln import ACCEPT, RESET, STAGES
 from l2t_jax.methods.parts import SCHEDULES
@@ -67,8 +68,9 @@ def with_settings(config: Config, given: dict[str, Any]) -> Config:
         if (of := name.partition(".")[0]) in STUDENT_OPTIMIZERS:
             if of != given.get("student_optimizer", config.settings.student_optimizer):
                 raise UsageError(f"--set={name}=... is of {of}: add --student_optimizer={of}.")
-        elif of not in config.methods:
-            raise UsageError(f"--set={name}=... is of {of}, which --method does not name: add it there.")
+        elif of not in (*config.methods, config.task_knobs.get("loss")):
+            where = "--loss" if of in SIGNALS else "--method"
+            raise UsageError(f"--set={name}=... is of {of}, which {where} does not name: add it there.")
     rows = {name: value for name, value in given.items() if "." not in name}
     settings = checked(dataclasses.replace(config.settings, **rows))
     return dataclasses.replace(config, settings=settings, knobs=config.knobs | knobs)
