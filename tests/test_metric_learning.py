@@ -624,6 +624,8 @@ def test_folders_that_are_none(tmp_path):
         (("--class_weight=balanced",), "class weights are of classes of examples"),
         (("--method=triplet", "--set=triplet.negatives=none"), "negatives 'none'"),
         (("--method=triplet", "--set=triplet.margin=0"), "margin=0.0 must lie between 0 and 2"),
+        (("--set=margin_mixture.beta=0.6",), "is of margin_mixture, which --loss does not name"),
+        (("--loss=margin_mixture", "--set=margin_mixture.margin=0"), "margin=0.0 must lie between 0 and 2"),
         (
             ("--loss=margin_mixture", "--memory=mixed", "--rounds=1", "--seeds=1", "--method=l2t_dln"),
             "differentiated in reverse alone: give memory=save",
