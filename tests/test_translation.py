@@ -4,8 +4,12 @@ import builtins
 import dataclasses
 import itertools
 import json
+import os
 import re
+import sys
 from functools import partial
+from pathlib import Path
+from subprocess import run as execute
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +20,7 @@ from launching import failing_disk, launch
 from sacrebleu import corpus_bleu
 
 from experiments import translation
+from experiments._command import start
 from l2t_jax.data import DataError, hold_out
 from l2t_jax.data.order import Plan
 from l2t_jax.data.subwords import BEGIN, END, PAD, Subwords, train_subwords
@@ -37,6 +42,7 @@ from l2t_jax.tasks.translation import bleu, encode, tokens
 from l2t_jax.types import Batch, RoundBatches, Stepwise, Student
 from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
+ROOT = Path(__file__).parents[1]
 V = 9
 TINY = {
     "lstm": partial(lstm, 1, width=4, dropout=0.0),
@@ -345,11 +351,14 @@ def tiny(*, num_classes, width=8, dropout=0.2):
     return lstm(1, num_classes=num_classes, width=width, dropout=dropout)
 
 
+NEW = ((STUDENTS, "tiny", tiny), (TASKS["translation"].datasets, "made_up", few))
+
+
 @pytest.fixture(scope="module", autouse=True)
 def registered():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(STUDENTS, "tiny", tiny)
-        patch.setitem(TASKS["translation"].datasets, "made_up", few)
+        for registry, name, entry in NEW:
+            patch.setitem(registry, name, entry)
         yield
 
 
@@ -409,6 +418,21 @@ def test_it_resumes_bit_for_bit(run, tmp_path):
             np.testing.assert_array_equal(a, b)
 
 
+def test_on_two_devices_and_side_by_side_the_numbers_are_the_same(run, tmp_path):
+    """Each device has another number of subwords that count, and a mean is of all of them."""
+    arguments = (*FEW, "--method=l2t_dlf", f"--workdir={tmp_path / 'two'}", "--devices=2")
+    execute([sys.executable, __file__, *arguments], check=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    both = ("--method=l2t_dlf", "--seeds=2", "--seeds_at_once=2", f"--workdir={tmp_path / 'both'}")
+    assert launch(translation, *FEW, *both) == 0
+    for name in ("l2t_dlf", "l2t_dlf_transfer"):
+        plain, *others = (
+            finals.load(at / "final", name, 0)["student"] for at in (run, tmp_path / "two", tmp_path / "both")
+        )
+        for other in others:
+            for a, b in zip(jax.tree.leaves(other), jax.tree.leaves(plain), strict=True):
+                np.testing.assert_allclose(a, b, rtol=2e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize("meta", [False, True])
 def test_rounds_share_out_what_they_read_by_length(meta):
     """In threes, and within an epoch: what they read is what they would have read."""
@@ -418,8 +442,8 @@ def test_rounds_share_out_what_they_read_by_length(meta):
     per = 10**9 if meta else plan.rounds_per_epoch
     assert per == 7 or meta
     overlaps = 0
-    for start in (0, 3, 6, 9 if meta else 7):
-        group = [r for r in range(start, start + 3) if r // per == start // per][: 1 if start == 6 and not meta else 3]
+    for first in (0, 3, 6, 9 if meta else 7):
+        group = [r for r in range(first, first + 3) if r // per == first // per][: 1 if first == 6 and not meta else 3]
         for part in (0, 1):
             ours = [alike.indices(5, r)[part] for r in group]
             theirs = [plan.indices(5, r)[part] for r in group]
@@ -594,3 +618,9 @@ def test_views_are_of_translators():
     with pytest.raises(ValueError, match="put out logits"):
         tokens(jnp.zeros((2, 3)), jnp.zeros((2, 4), jnp.int32))
     assert isinstance(some(np.random.default_rng(0), 2), Batch)
+
+
+if __name__ == "__main__":
+    for registry, name, entry in NEW:
+        registry[name] = entry
+    start(translation.main)
