@@ -33,7 +33,7 @@ from l2t_jax.presets import PRESETS
 from l2t_jax.runs import finals
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.setting import build_setting
-from l2t_jax.students import STUDENTS
+from l2t_jax.students import STUDENTS, translators
 from l2t_jax.students.translators import lstm, transformer
 from l2t_jax.tasks import TASKS, evaluate, settings_for
 from l2t_jax.tasks import translation as task_module
@@ -148,6 +148,30 @@ def test_dropout_is_drawn_in_training_alone():
         draw = lambda k: student.apply(variables, inputs, True, jax.random.split(jax.random.key(k), 2))[0]  # noqa: B023, E731
         plain, _ = student.apply(variables, inputs, False)
         assert student.draws and not np.allclose(draw(0), draw(1)) and not np.allclose(draw(0), plain)
+
+
+@pytest.mark.parametrize(
+    "build, places",
+    [
+        (partial(lstm, 2, width=4), range(7)),
+        (partial(transformer, width=4, hidden=4, heads=1, layers=2), [0, 1, 2, 4, 5, 7, *range(8, 14)]),
+    ],
+)
+def test_every_dropout_draws_for_itself(build, places, monkeypatch):
+    """Both embeddings, and what each sublayer of each layer puts out; an encoder's layer has one sublayer less."""
+    seen = []
+
+    def noted(x, rate, keys, place):
+        assert rate == 0.5 and keys is not None
+        jax.debug.callback(lambda place: seen.append(int(place)), place)
+        return x
+
+    student, inputs = build(num_classes=V, dropout=0.5), some(np.random.default_rng(3), 2).inputs
+    variables = student.init(jax.random.key(0), inputs)
+    monkeypatch.setattr(translators, "dropout", noted)
+    jax.block_until_ready(student.apply(variables, inputs, True, jax.random.split(jax.random.key(1), 2)))
+    jax.effects_barrier()
+    assert sorted(seen) == list(places)
 
 
 # The hypergradient
