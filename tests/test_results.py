@@ -131,6 +131,33 @@ def test_rows_of_translation_are_their_records():
         assert row in text, row
 
 
+def test_rows_of_metric_learning_are_their_records():
+    text = (ROOT / "docs" / "metric_learning.md").read_text()
+    rows = {
+        "taught": {
+            "l2t_dln": "L2T-DLN, online",
+            "l2t_dln_transfer": "L2T-DLN, transfer",
+            "margin": "margin, distance-weighted, from 0.9",
+            "ala": "ALA, online",
+            "ala_transfer": "ALA, transfer",
+        },
+        "untaught": {"l2t_dln": "mixture, nothing taught", "l2t_dln_transfer": "the same, another draw"},
+        "from_other_characters": {
+            "l2t_dln_transfer": "L2T-DLN, teacher from other characters",
+            "ala_transfer": "ALA, policy from other characters",
+        },
+    }
+    for name, methods in rows.items():
+        record = read_record(RESULTS / "omniglot_boundary" / f"{name}.json")
+        assert record["methods"].keys() == methods.keys()
+        for method, words in methods.items():
+            found = record["methods"][method]
+            score, scores = shown(found["score"], record["metric"]).removesuffix(" %"), found["scores"]
+            each = ", ".join(f"{100 * value:.1f}" for value in found["score"]["per_seed"])
+            others = [f"{100 * scores[f'recall@{k}']['mean']:.1f}" for k in (10, 100)]
+            assert f"| {words} | {score} | {each} | {' | '.join(others)} | {found['wall_time_s']:.0f} |" in text, words
+
+
 def test_rankings_are_judged():
     """Small scores are suspicious: a ranking that knows has an area of 1, one that is turned round 0."""
     wrong = np.array([True, False, True, False, False])
