@@ -8,9 +8,11 @@ import numpy as np
 import pytest
 
 from benchmarks import label_errors
-from experiments import compare
+from experiments import compare, worth
+from l2t_jax.presets import PRESETS
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import cell_name
+from l2t_jax.runs.config import Config
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.reporting import shown
 from l2t_jax.types import Metric
@@ -156,6 +158,27 @@ def test_rows_of_metric_learning_are_their_records():
             each = ", ".join(f"{100 * value:.1f}" for value in found["score"]["per_seed"])
             others = [f"{100 * scores[f'recall@{k}']['mean']:.1f}" for k in (10, 100)]
             assert f"| {words} | {score} | {each} | {' | '.join(others)} | {found['wall_time_s']:.0f} |" in text, words
+
+
+def test_rows_of_what_teaching_is_worth_are_their_records():
+    """table.md is what its records say, and the page has its rows of equal steps."""
+    folder = RESULTS / "worth_noisyag_news"
+    records = {path.stem: read_record(path) for path in (folder / "records").iterdir()}
+    some = next(record["config"] for name, record in records.items() if name.startswith("final"))
+    rates = (0.03, 0.1, 0.3)
+    given = {name: some[name] for name in ("dataset", "student", "preset", "teacher", "memory")}
+    methods = tuple(dict.fromkeys(way.method for way in worth.WAYS))
+    config = Config(**given, methods=methods, rounds=144, seeds=(0,), settings=PRESETS["stable"])
+    ways = worth.ways_of(config)
+    best = {way.name: worth.best_rate(config, way, rates, records) for way in ways}
+    text = tables.markdown(worth.table_of(worth.reached(config, ways, best, [18, 36, 72, 144], records)))
+    assert text == (folder / "table.md").read_text()
+    assert len(records) == 11 * (3 + 4) and all(
+        record["environment"]["git"]["dirty"] is False for record in records.values()
+    )
+    steps = text.partition("## Equal steps")[2].partition("## Equal seconds")[0]
+    page = (ROOT / "docs" / "worth.md").read_text()
+    assert all(line in page for line in steps.splitlines() if line.startswith("|"))
 
 
 def test_rankings_are_judged():
