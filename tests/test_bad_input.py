@@ -70,6 +70,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "labels": ("none.npy", "noisy", f"{__file__}", " "),
     "class_weight": ("x", "1,2", "0,0,0,0,0,0,0,0,0,0", "-1,1,1,1,1,1,1,1,1,1", "nan,1,1,1,1,1,1,1,1,1", " "),
     "imbalance": ("0", "0.5", "-1", "nan", "inf", "x"),
+    "train_on_clean": (*NO_SWITCH, "true"),  # true: of the digits none is known to be clean
     "clean": ("none.npy", f"{__file__}", " "),
     "data_dir": ("/nowhere --dataset=mnist",),
     "download": NO_SWITCH,
