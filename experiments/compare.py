@@ -66,7 +66,7 @@ def fill(config: Config, options: Options) -> int:
         records, failed = run_cells(cells(group), options, load)
         _plot(root, group_of(group), next(iter(records.values())))
         code |= failed
-    title = f"{'noisy' if config.noise else 'given' if config.labels else 'clean'} labels"
+    title = f"{'noisy' if config.noise and config.noise.ratio else 'given' if config.labels else 'clean'} labels"
     found = table(list(records_in(root).values()), title)
     rows = {row.name: row for section in found.sections for row in section.rows}
     tables.draw(root / "table.png", found.sections, sorted(rows, key=lambda name: _place(rows[name])), title)

@@ -26,6 +26,7 @@ from l2t_jax.runs import plots, tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.reporting import headline, name_of, points, shown
+from l2t_jax.runs.setting import build_plan
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
 
 FLAGS = flags.FLAGS
@@ -66,12 +67,14 @@ PROTOCOLS = {"l2t_dln": ", online", "l2t_dln_transfer": ", frozen"}
 def _prepare() -> Noise | None:
     if FLAGS["teacher"].present:
         raise UsageError("--teacher is what the table goes over: leave it out.")
-    if FLAGS["student_lr"].present:
+    if "student_lr" in _flags.given_settings():
         raise UsageError("--student_lr is chosen for each row: give --rates.")
+    if FLAGS["train_on_clean"].present:
+        raise UsageError("--train_on_clean is what rows differ in: leave it out.")
     if FLAGS.held_out:
         raise UsageError(f"--held_out is {HELD_OUT} where rates are chosen, and 0 where they are judged: leave it out.")
-    for name in ("rates", "shorter"):
-        parse_numbers(name, FLAGS[name].value or [])
+    parse_numbers("rates", FLAGS.rates)
+    parse_numbers("shorter", FLAGS.shorter)
     methods = ",".join(dict.fromkeys(way.method for way in WAYS))
     _flags.set_defaults(method=methods, seeds="3", workdir=f"runs/worth_{Path(_flags.given('dataset')).stem}")
     return _noise.from_flags()
@@ -84,11 +87,13 @@ def fill(config: Config, options: Options) -> int:
     load = loader(tuning, options)
     if not load(config.dataset).meta:
         raise UsageError("no examples are known to be clean, and this table is of what they are good for: give some.")
+    whole = build_plan(tuning, load(config.dataset)).rounds
+    shorter = [int(n) for n in parse_numbers("shorter", FLAGS.shorter)] or [max(1, whole // n) for n in SHARES]
+    if max(shorter) > whole:
+        raise UsageError(f"--shorter={','.join(FLAGS.shorter)}: these are rounds of runs shorter than {whole}.")
+    lengths = sorted({*shorter, whole})
     records, code = run_cells([tried_cell(tuning, way, rate) for way in ways for rate in rates], options, load)
     best = {way.name: best_rate(tuning, way, rates, records) for way in ways}
-    whole = int(next(iter(records.values()))["config"]["rounds"])
-    given = [int(n) for n in parse_numbers("shorter", FLAGS.shorter)]
-    lengths = sorted({*(given or [max(1, whole // share) for share in SHARES]), whole})
     found, failed = run_cells(
         [final_cell(config, way, best[way.name], n) for n in reversed(lengths) for way in ways],
         options,

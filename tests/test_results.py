@@ -83,7 +83,7 @@ def test_rows_of_a_long_tail_are_their_records():
     expected = {}
     for folder, label in (("long_tail", "{}"), ("long_tail_balanced", "{}, `--class_weight=balanced`")):
         records = [read_record(path) for path in sorted((RESULTS / folder / "records").glob("*.json"))]
-        assert (RESULTS / folder / "table.md").read_text() == tables.markdown(compare.table(records, "noisy labels"))
+        assert (RESULTS / folder / "table.md").read_text() == tables.markdown(compare.table(records, "clean labels"))
         for record in records:
             for method, found in record["methods"].items():
                 score = shown(found["score"], record["metric"]).removesuffix(" %")

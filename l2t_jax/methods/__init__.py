@@ -105,14 +105,8 @@ def _fixed(name: str) -> Callable[[Parts, bool], Method]:
 def _early_stopped(parts: Parts) -> Method:
     """The task's fixed loss, stopped where the validation error was least."""
     plan = parts.plan
-    return early_stopped(
-        _fixed(parts.baseline)(parts, False),
-        parts.student,
-        parts.task,
-        rounds=plan.rounds,
-        rounds_per_pass=plan.rounds_per_pass,
-        axis_name=parts.axis_name,
-    )
+    plain = _fixed(parts.baseline)(parts, False)
+    return early_stopped(plain, rounds=plan.rounds, rounds_per_pass=plan.rounds_per_pass)
 
 
 def _l2t_dlf(parts: Parts, learn: bool) -> Method:

@@ -1,16 +1,14 @@
 """Early stopping: of a training run the student that was best on the clean examples, not the last one.
 
-Legend: S data stages of a round, V validation batch, R rounds of a run.
+Legend: R rounds of a run, K rounds of a pass over the validation part.
 """
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, Student, StudentState, Task
-from l2t_jax.unroll import mean_over, outer_objective
+from l2t_jax.types import Array, Batch, Key, Method, MethodState, PyTree, RoundBatches, StudentState
 
 
 class Kept(NamedTuple):
@@ -23,21 +21,17 @@ class Kept(NamedTuple):
     best: StudentState  # the student then
 
 
-def early_stopped(
-    method: Method, student: Student, task: Task, *, rounds: int, rounds_per_pass: int, axis_name: str | None = None
-) -> Method:
-    """Measure a method's student on the clean examples, and end with the best student and not with the last.
+def early_stopped(method: Method, *, rounds: int, rounds_per_pass: int) -> Method:
+    """End with the student that was best on the clean examples, and not with the last.
 
-    e_p = mean of e_val over the K rounds of pass p, each measured with the student as it is after its round; the
+    e_p = mean of the validation errors that the K rounds of pass p tell, each of the student after its round. The
     student that is kept is that after the last round of the p with the least e_p. A last pass that is incomplete is not
     compared, unless it is the only one.
 
     Args:
-      method: whose student is measured, e.g. of `fixed_loss`.
-      student, task: the records that it is composed of.
+      method: whose student is measured, e.g. of `fixed_loss`; "validation_error" is among its metrics.
       rounds: R, of the run. In the last of them the best student takes the place of the last one.
       rounds_per_pass: K, in which every example of the validation part is read once.
-      axis_name: mapped axis over which batches are split, if any.
     Returns:
       a `Method` that carries a `Kept`.
     Raises:
@@ -47,7 +41,6 @@ def early_stopped(
     """
     if rounds_per_pass < 1:
         raise ValueError(f"rounds_per_pass={rounds_per_pass!r}: give at least 1.")
-    outer = outer_objective(student, task, axis_name=axis_name)
     period = max(1, min(rounds_per_pass, rounds))
 
     def init(key: Key, inputs: Array) -> MethodState:
@@ -59,8 +52,7 @@ def early_stopped(
         kept: Kept = state.carried
         state, metrics = method.round(state._replace(carried=kept.carried), batches)
         theta = state.student
-        errors = lax.map(lambda batch: outer(theta.params, theta.batch_stats, batch)[0], batches.validation)
-        total, count = kept.errors + mean_over(axis_name, jnp.mean(errors)), kept.rounds + 1
+        total, count = kept.errors + metrics["validation_error"], kept.rounds + 1
         over = count % period == 0  # of a pass
         better = over & (total / period < kept.least)
         best = jax.tree.map(lambda new, old: jnp.where(better, new, old), theta, kept.best)
