@@ -125,8 +125,9 @@ def checked(settings: Preset) -> Preset:
         raise UsageError(f"--set: preprocess={settings.preprocess} must be a positive number, or none.")
     if settings.window < 0:
         raise UsageError(f"--set: window={settings.window} must be a number of rounds, or 0 to clear no memory.")
-    if settings.lives < 1:
-        raise UsageError(f"--set: lives={settings.lives} must be at least 1.")
+    for name in ("lives", "teach_every"):
+        if getattr(settings, name) < 1:
+            raise UsageError(f"--set: {name}={getattr(settings, name)} must be at least 1.")
     if not 0 < settings.validation_ratio < 1:
         raise UsageError(f"--validation_ratio={settings.validation_ratio} must lie between 0 and 1, both excluded.")
     for name in ("student_lr", "dln_lr", "teacher_lr"):

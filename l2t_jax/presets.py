@@ -18,6 +18,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | epochs                  | 10             | 10             | 20                 | 20             | 5.1           |
 | validation ratio        | 0.5, per epoch | 0.5, per epoch | 0.5, per epoch     | 0.5, per epoch | Table 4; code |
 | second stage            | goes on        | starts again   | starts again       | starts again   | Alg. 1; code  |
+| N steps of an update    | each           | each           | each               | each           | Alg. 1; code  |
 | DLN inputs, biases      | 2, biases      | 4, none        | 4, none            | 4, none        | Fig. 3; code  |
 | loss                    | DLN            | DLN            | CE + DLN, at zero  | as residual    | 5.2; code     |
 | pairs compressed beyond | never          | never          | never              | 10             | 5.2; code     |
@@ -58,6 +59,7 @@ class Preset:
     teacher_lr: float = 1e-3
     teacher_schedule: str = "constant"
     second_stage: str = "continue"
+    teach_every: int = 1
     dln_form: str = "paper"
     squash: str = "sigmoid"
     reduction: str = "mean"

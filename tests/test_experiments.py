@@ -302,6 +302,7 @@ def test_the_sheet_in_the_docstring_is_the_code():
         )
         assert rows["LSTM at the start"][name] == ("silent" if preset.silent else "random")
         assert rows["cleared after rounds"][name] == (str(preset.window) if preset.window else "never")
+        assert rows["N steps of an update"][name] == {1: "each"}[preset.teach_every]
         assert rows["lives of the student"][name] == str(preset.lives)
         assert rows["added to the LSTM"][name].lower() == preset.base.replace("none", "-")
         assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]

@@ -123,12 +123,13 @@ def test_teacher_gradient_against_finite_differences(x64):
     np.testing.assert_allclose(optax.tree.vdot(gradient, direction), difference, rtol=1e-6)
 
 
-def tracing_problem(second_stage, rounds):
+def tracing_problem(second_stage, rounds, teach_every=1):
     """A student that counts, segment by segment, under which DLN its steps were taken: trace[segment] += phi.
 
     phi is the number of the DLN, plus one so that phi^0 leaves a trace; the teacher turns phi^m into phi^{m+1}.
     """
-    segments = rounds * STAGES[second_stage]
+    stages = teach_every * STAGES[second_stage]
+    segments = rounds * stages
     student = Student(
         init=lambda key, inputs: {"params": jnp.zeros(segments), "batch_stats": {}},
         apply=lambda variables, inputs, train: (inputs @ variables["params"][:, None], {}),
@@ -136,10 +137,11 @@ def tracing_problem(second_stage, rounds):
     loss = Loss(lambda key: jnp.array(1.0), lambda phi, outputs, targets: -phi * outputs[:, 0])
     teacher = Teacher(lambda key: jnp.array(0.0), lambda phi: (), lambda tau, h, d, phi: (1.0 + 0 * tau, h))
     task = Task(lambda outputs, targets: outputs[:, 0], lambda outputs, targets: {}, lambda *a: None)
-    method = l2t_dln(student, task, loss, teacher, optax.sgd(1.0), optax.sgd(0.0), second_stage=second_stage)
+    knobs = {"second_stage": second_stage, "teach_every": teach_every}
+    method = l2t_dln(student, task, loss, teacher, optax.sgd(1.0), optax.sgd(0.0), **knobs)
     state, errors = method.init(jax.random.key(0), jnp.zeros((1, segments))), []
     for k in range(rounds):
-        here = jnp.eye(segments)[k * STAGES[second_stage] + jnp.arange(STAGES[second_stage])]  # [S, segments]
+        here = jnp.eye(segments)[k * stages + jnp.arange(stages)]  # [S, segments]
         train = Batch(jnp.tile(here[:, None, None], (1, N, 2, 1)), jnp.zeros((len(here), N, 2), int))
         validation = Batch(jnp.tile(here[:, None], (1, 2, 1)), jnp.zeros((len(here), 2), int))
         state, metrics = method.round(state, RoundBatches(train, validation, jnp.array(False)))
@@ -161,6 +163,37 @@ def test_index_table_of_the_released_preset():
     np.testing.assert_array_equal(traced.dln, [1, 2, 3])
     np.testing.assert_array_equal(traced.errors, [(0, 1), (1, 2), (2, 3)])
     assert (traced.method.stages, traced.method.steps_per_round) == (1, 1)
+
+
+@pytest.mark.parametrize(
+    "second_stage, dln, errors",
+    [
+        ("restart", [0, 0, 1, 1, 1, 2], [(0, 1), (1, 2)]),
+        ("continue", [0, 0, 0, 0, 0, 1] + [1] * 5 + [2], [(0, 1), (1, 2)]),
+    ],
+)
+def test_index_table_of_a_teacher_that_teaches_every_third_time(second_stage, dln, errors):
+    """The segments before the last S of a round run under the old DLN, and the hypergradient is of the last alone."""
+    traced = tracing_problem(second_stage, 2, teach_every=3)
+    np.testing.assert_array_equal(traced.dln, dln)
+    np.testing.assert_array_equal(traced.errors, errors)
+    assert traced.method.stages == traced.method.steps_per_round == len(dln) // 2
+
+
+def test_steps_that_nothing_learns_from_are_plain_training(x64):
+    """A round of teach_every=3 is two stages under phi, then the round that the same student would have had alone."""
+    seldom, state = build("restart", optax.adam(1e-2), toy.teacher, teach_every=3)
+    always, _ = build("restart", optax.adam(1e-2), toy.teacher)
+    b, (state,) = batches_of(0, 3), toy.to_x64((state,))
+    b = toy.to_x64(b)
+    step = student_step(plain_gradient(inner_objective(toy.student, toy.task, toy.small_loss())), SGD)
+    first = jax.tree.map(lambda x: x[:2].reshape(-1, *x.shape[2:]), b.train)
+    student, _ = unroll(step, state.student, state.loss, first)
+    alone = b._replace(
+        train=jax.tree.map(lambda x: x[2:], b.train), validation=jax.tree.map(lambda x: x[2:], b.validation)
+    )
+    expected = jax.jit(always.round)(state._replace(student=student), alone)
+    chex.assert_trees_all_close(jax.jit(seldom.round)(state, b), expected, rtol=1e-12)
 
 
 @pytest.mark.parametrize("second_stage", STAGES)

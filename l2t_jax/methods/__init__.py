@@ -52,6 +52,7 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         build_teacher_optimizer(settings, parts.plan.rounds),
         second_stage=settings.second_stage,
         reset_hidden=settings.reset_hidden,
+        teach_every=settings.teach_every,
         accept=settings.accept,
         learn=learn,
         **parts.shared,
@@ -73,6 +74,7 @@ def _taught_by(
             parts.optimizer,
             optax.identity(),  # an optax teacher has nothing to learn
             second_stage="restart",
+            teach_every=1 if single_steps else parts.settings.teach_every,
             learn=False,
             **parts.shared,
         )

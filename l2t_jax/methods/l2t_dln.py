@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from l2t_jax.data.order import require_counts
 from l2t_jax.hypergradient import Hypergradient, hypergradient
 from l2t_jax.inputs import known
 from l2t_jax.methods.common import few_entries, finite, pull_of, stage_data, train_stage
@@ -45,6 +46,7 @@ def l2t_dln(
     *,
     second_stage: str = "continue",
     reset_hidden: str = "never",
+    teach_every: int = 1,
     accept: str = "always",
     learn: bool = True,
     axis_name: str | None = None,
@@ -59,6 +61,7 @@ def l2t_dln(
       D) N student steps under phi'.
       E) d' = d e_val(end of D) / d phi';  tau gradient = gamma (dg / d tau)^T d'.       (8)
       F) tau <- Adam(tau gradient).
+    With teach_every = k the student goes k - 1 times as many steps under phi before A, of which nothing learns.
 
     Args:
       student, task, loss, teacher: the records that are composed.
@@ -68,6 +71,7 @@ def l2t_dln(
         steps a round are kept. "restart" (released code): D starts again from theta with the same batches and
         replaces A, N steps a round are kept.
       reset_hidden: "never" (released code; the paper is silent) carries h through all epochs, "epoch" clears it.
+      teach_every: k; the paper's is 1. A round has k S N steps: a step costs a k-th of the hypergradients. Ours.
       accept: "always" (paper) takes every update of the DLN. "not_worse" takes phi' and the student it taught only
         where their validation error is not above that of phi and its student, which after a "restart" were trained
         and judged on the same batches; else it keeps those. The teacher learns from both. Not in the paper.
@@ -79,8 +83,8 @@ def l2t_dln(
     Raises:
       ValueError: an unknown `second_stage`, `reset_hidden`, `accept` or `memory`; "not_worse" with "continue", whose
         stages are not of the same batches; a loss that no teacher can rewrite: without parameters, with a schedule, or
-        with parameters that are learned otherwise; an optimizer that is none; a round whose data have
-        another number of stages.
+        with parameters that are learned otherwise; an optimizer that is none; `teach_every` below 1; a round whose
+        data have another number of stages.
     Source: L2T-DLN (NeurIPS 2023), Algorithm 1; Eq. 8's constants are theta at the start of D, the old phi, the
     teacher's input d and its previous h, so tau is trained by one-step truncated differentiation.
     """
@@ -92,9 +96,11 @@ def l2t_dln(
         known(f"{name} {value!r}", value, names)
     if accept == "not_worse" and second_stage == "continue":
         raise ValueError('accept "not_worse" compares two stages on the same batches: use second_stage "restart".')
+    require_counts(teach_every=(teach_every, 1))
     _check_loss(loss)
     check_optimizer(teacher_optimizer, "the teacher's optimizer")
-    stages = STAGES[second_stage]
+    stages = STAGES[second_stage] * teach_every
+    untaught = stages - STAGES[second_stage]
     inner = inner_objective(student, task, loss, axis_name=axis_name)
     outer = outer_objective(student, task, axis_name=axis_name)
     differentiate = hypergradient(
@@ -117,7 +123,10 @@ def l2t_dln(
         if reset_hidden == "epoch":
             h = jax.tree.map(lambda x: jnp.where(batches.first_of_epoch, jnp.zeros_like(x), x), h)
 
-        first = differentiate(state.loss, state.student, *stage_data(batches, 0, stages))  # A, B
+        begin = state.student
+        if untaught:
+            begin = only_train(state.loss, begin, *_in_a_row(batches, untaught, stages)).state
+        first = differentiate(state.loss, begin, *stage_data(batches, untaught, stages))  # A, B
 
         def teach(tau: PyTree) -> tuple[PyTree, PyTree]:
             update, hidden = teacher.update(tau, h, first.gradient, state.loss)
@@ -125,7 +134,7 @@ def l2t_dln(
 
         phi, to_tau, h = jax.vjp(teach, state.teacher, has_aux=True)  # C
 
-        theta = first.state if second_stage == "continue" else state.student
+        theta = first.state if second_stage == "continue" else begin
         tau, adam = state.teacher, state.optimizer_state
         if learn and jax.tree.leaves(tau):
             second = differentiate(phi, theta, *stage_data(batches, -1, stages))  # D
@@ -146,6 +155,12 @@ def l2t_dln(
         return pull_of(student, task, loss, state.student.variables, state.loss, batch)
 
     return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
+
+
+def _in_a_row(batches: RoundBatches, count: int, stages: int) -> tuple[Batch, Batch]:
+    """The training batches of the first stages as those of one (leaves [count N, B, ...]), and a validation batch."""
+    _, validation = stage_data(batches, count - 1, stages)
+    return jax.tree.map(lambda x: x[:count].reshape(-1, *x.shape[2:]), batches.train), validation
 
 
 def _check_loss(loss: Loss) -> None:

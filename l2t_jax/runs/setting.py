@@ -270,6 +270,7 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
     strata, blocks = TASKS[config.task].strata, None
     if task is not None and task.together > 1 and strata is not None:
         blocks = Blocks(strata(dataset), task.together, task.apart)
+    stages, apart = STAGES[settings.second_stage], dataset.meta > 0 or (blocks is not None and blocks.apart)
     try:
         plan = Plan(
             rounds=1,
@@ -278,9 +279,10 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
             validation_batch_size=settings.validation_batch_size,
             validation_ratio=dataset.meta / examples if dataset.meta else settings.validation_ratio,
             examples=examples,
-            stages=STAGES[settings.second_stage],
+            stages=stages * settings.teach_every,
+            epoch_stages=stages if apart else None,  # a meta set is read again and again
             meta_trains=config.train_on_clean,
-            fixed_split=dataset.meta > 0 or (blocks is not None and blocks.apart),
+            fixed_split=apart,
             blocks=blocks,
             lengths=lengths.of(dataset.train) if lengths else None,
             buckets=lengths.buckets if lengths else 1,
