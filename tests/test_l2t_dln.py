@@ -169,7 +169,7 @@ def test_index_table_of_the_released_preset():
     "second_stage, dln, errors",
     [
         ("restart", [0, 0, 1, 1, 1, 2], [(0, 1), (1, 2)]),
-        ("continue", [0, 0, 0, 0, 0, 1] + [1] * 5 + [2], [(0, 1), (1, 2)]),
+        ("continue", [0] * 5 + [1] * 6 + [2], [(0, 1), (1, 2)]),
     ],
 )
 def test_index_table_of_a_teacher_that_teaches_every_third_time(second_stage, dln, errors):
@@ -189,9 +189,8 @@ def test_steps_that_nothing_learns_from_are_plain_training(x64):
     step = student_step(plain_gradient(inner_objective(toy.student, toy.task, toy.small_loss())), SGD)
     first = jax.tree.map(lambda x: x[:2].reshape(-1, *x.shape[2:]), b.train)
     student, _ = unroll(step, state.student, state.loss, first)
-    alone = b._replace(
-        train=jax.tree.map(lambda x: x[2:], b.train), validation=jax.tree.map(lambda x: x[2:], b.validation)
-    )
+    last = lambda tree: jax.tree.map(lambda x: x[2:], tree)  # noqa: E731
+    alone = b._replace(train=last(b.train), validation=last(b.validation))
     expected = jax.jit(always.round)(state._replace(student=student), alone)
     chex.assert_trees_all_close(jax.jit(seldom.round)(state, b), expected, rtol=1e-12)
 
@@ -257,6 +256,8 @@ def test_unknown_choices_name_the_known_ones():
     for knob in ("second_stage", "reset_hidden"):
         with pytest.raises(ValueError, match=f"{knob} 'no' is unknown; choose one of"):
             build(**({"second_stage": "restart"} | {knob: "no"}))
+    with pytest.raises(ValueError, match="give teach_every at least 1"):
+        build("restart", teach_every=0)
 
 
 def test_on_validation_is_training_on_the_meta_set():
