@@ -5,6 +5,7 @@
   python -m experiments.ablations --table=6     the optimizer of the DLN (Table 6)
   python -m experiments.ablations --table=lr    wrong learning rates of the student, which the paper announces
   python -m experiments.ablations --table=options    what each option of the preset stable is worth, one at a time
+  python -m experiments.ablations --table=cost       what makes teaching cheaper, at equal student steps
   python -m experiments.ablations --table=5 --dataset=cifar10 --data_dir=DIR --student=resnet8 --rounds=2500
 
 Table 5 of the paper keeps the number of rounds, so that a longer unroll is also a longer training; both are run here.
@@ -20,6 +21,7 @@ from absl import flags
 
 from experiments import _flags, _labels, _noise, _settings, _table_flag
 from experiments._command import command, refuse, start
+from l2t_jax.presets import Preset
 from l2t_jax.runs import plots, tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
@@ -73,6 +75,21 @@ ABLATIONS = {
             "teacher_schedule=constant",
         ),
         {},
+    ),
+    "cost": Ablation(
+        "option",
+        (
+            AS_IT_IS,
+            "teach_every=2",
+            "teach_every=5",
+            "teach_every=10",
+            "unroll_length=5",
+            "unroll_length=5,teach_every=5",
+            "unroll_length=5,teach_every=10",
+            "unroll_length=5,teach_every=25",
+        ),
+        {},
+        ("steps",),
     ),
 }
 
@@ -129,9 +146,14 @@ def varied(config: Config, ablation: Ablation, equal: str, value: Any) -> Config
     if ablation.setting == "option":
         given = {} if value == AS_IT_IS else _settings.parse_settings("table", value)
     other = _settings.with_settings(config, given)
-    steps = config.rounds * config.settings.unroll_length
-    rounds = config.rounds if equal == "rounds" else max(1, round(steps / other.settings.unroll_length))
+    steps = config.rounds * steps_of(config.settings)
+    rounds = config.rounds if equal == "rounds" else max(1, round(steps / steps_of(other.settings)))
     return dataclasses.replace(other, rounds=rounds)
+
+
+def steps_of(settings: Preset) -> int:
+    """Student steps of a round, in stages of the same number."""
+    return settings.unroll_length * settings.teach_every
 
 
 def table(ablation: Ablation, found: dict[str, Found]) -> Table:
@@ -161,7 +183,7 @@ def columns(ablation: Ablation, record: Record) -> list[Column]:
         tables.scores(words(baseline_of(record)), baseline_of(record)),
         *tables.differences(),
         tables.STEPS,
-        Column("s a round", _seconds),
+        Column("s a round", _seconds) if "rounds" in ablation.equal else Column("s a seed", _seconds_of_all),
         tables.published(lambda row: values.get(row.name), ".2f"),
     ]
 
@@ -181,6 +203,10 @@ def published(ablation: Ablation, record: Record) -> dict[Any, float]:
 
 def _seconds(row: Row) -> str:
     return f"{row.outcome['wall_time_s'] / row.outcome['rounds'] / len(row.record['seeds']):.2f}"
+
+
+def _seconds_of_all(row: Row) -> str:
+    return f"{row.outcome['wall_time_s'] / len(row.record['seeds']):.0f}"
 
 
 def _what(ablation: Ablation, record: Record) -> str:
