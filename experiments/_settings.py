@@ -1,6 +1,7 @@
 """Rows of the preset's sheet and knobs by name: what --set, the flags of rows and the grids of `tune` say of a run."""
 
 import dataclasses
+import re
 from collections.abc import Iterable
 from typing import Any
 
@@ -112,6 +113,8 @@ def checked(settings: Preset) -> Preset:
     """
     for name, names in CHOICES.items():
         known(name if name in flags.FLAGS else f"set={name}", getattr(settings, name), names)
+    if not re.fullmatch(r"[1-9]\d*(-[1-9]\d*)*", settings.units):
+        raise UsageError(f"--set: units={settings.units} must be the units of each layer but the last: e.g. 20-20.")
     if settings.update_sign not in (-1, 1):
         raise UsageError(f"--set: update_sign={settings.update_sign} must be 1 or -1.")
     for name in ("epochs", "unroll_length", "batch_size", "validation_batch_size"):

@@ -23,6 +23,7 @@ chosen on held-out training examples of the digits and MNIST (docs/replication.m
 | loss                    | DLN            | DLN            | CE + DLN, at zero  | as residual    | 5.2; code     |
 | pairs compressed beyond | never          | never          | never              | 10             | 5.2; code     |
 | predictions             | sigmoid        | sigmoid        | softmax            | softmax        | code          |
+| LSTM layers, then 1     | 64, 64, 64     | 64, 64, 64     | 64, 64, 64         | 64, 64, 64     | 5.1           |
 | LSTM preprocessing      | p = 10         | p = 10         | p = 10             | p = 10         | code          |
 | LSTM output             | T(d)           | T(d)           | (T(d) - T(-d)) / 2 | as residual    | Eq. 3; code   |
 | LSTM at the start       | random         | random         | random             | silent         | code          |
@@ -66,6 +67,7 @@ class Preset:
     residual: bool = False
     compress: float = 0.0
     update_sign: int = 1
+    units: str = "64-64-64"
     preprocess: float | None = 10.0
     odd: bool = False
     silent: bool = False

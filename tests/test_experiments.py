@@ -243,6 +243,8 @@ BAD = {
     "--set=student_clip=-1": "must be a norm, or 0 for none",
     "--set=window=-1": "a number of rounds, or 0",
     "--set=lives=0": "at least 1",
+    "--set=teach_every=0": "teach_every=0 must be at least 1",
+    "--set=units=20-": "units of each layer but the last",
     "--shortcut=b": "is no knob of --student=mlp, which has --width",
     "--student=resnet8 --head_grid=3": "does not divide",
     "--dataset=mnist --data_dir=/nonexistent": "run once with --download",
@@ -303,6 +305,7 @@ def test_the_sheet_in_the_docstring_is_the_code():
         assert rows["LSTM at the start"][name] == ("silent" if preset.silent else "random")
         assert rows["cleared after rounds"][name] == (str(preset.window) if preset.window else "never")
         assert rows["N steps of an update"][name] == {1: "each"}[preset.teach_every]
+        assert rows["LSTM layers, then 1"][name] == preset.units.replace("-", ", ")
         assert rows["lives of the student"][name] == str(preset.lives)
         assert rows["added to the LSTM"][name].lower() == preset.base.replace("none", "-")
         assert rows["second stage"][name] == {"continue": "goes on", "restart": "starts again"}[preset.second_stage]

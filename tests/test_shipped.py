@@ -67,6 +67,7 @@ def test_what_cannot_be_used_is_told(run, assets, tmp_path, capsys):
 
     assert "There is no teacher 'yours'; choose one of mine" in said(source="shipped:yours")
     assert "add --set=dln_lr=0.01,base=sgd" in said("--set=odd=false,dln_lr=0.1")
+    assert "units=64-64-64" in said("--set=units=8,base=sgd,odd=false,dln_lr=0.01")
     assert "leave ala out" in said("--method=ala")
     assert "leave --teacher out" in said("--teacher=adam")
     (folder / "mine.npz").write_bytes(b"PK")

@@ -111,6 +111,22 @@ def test_a_window_clears_the_memory(odd):
         coordinate_lstm(window=-1)
 
 
+@pytest.mark.parametrize("units, count", [(None, 84_236), ([20, 20], 4 * (20 * (2 + 20) + 20 * 40 + 20 + 1) + 8 * 41)])
+def test_units_are_those_of_the_layers_before_the_last(units, count):
+    """Their sizes, and the hidden state that goes with them."""
+    teacher = coordinate_lstm(0.1, units=units)
+    params, hidden = teacher.init(jax.random.key(0)), teacher.hidden(PHI)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+    update, after = teacher.update(params, hidden, PHI, PHI)
+    chex.assert_trees_all_equal_shapes((update, after), (PHI, hidden))
+
+
+@pytest.mark.parametrize("units", [[], [0], [20, -1], [2.5]])
+def test_units_that_make_no_layer(units):
+    with pytest.raises(ValueError, match=r"units=.*give positive whole numbers"):
+        coordinate_lstm(units=units)
+
+
 @pytest.mark.versions
 @pytest.mark.parametrize("name", ["adam", "sgd", "rmsprop"])
 def test_optax_teacher_is_the_optimizer(name):

@@ -81,6 +81,8 @@ def teacher_arguments(name: str, settings: Preset) -> dict[str, Any]:
     if name == "lstm":
         knobs = ("base", "update_sign", "preprocess", "odd", "silent", "window")
         arguments |= {knob: getattr(settings, knob) for knob in knobs}
+        if settings.units != Preset.units:
+            arguments["units"] = [int(units) for units in settings.units.split("-")]  # a list, as JSON has it
     return arguments
 
 

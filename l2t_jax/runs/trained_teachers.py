@@ -8,6 +8,7 @@ import jax
 
 from l2t_jax import teachers
 from l2t_jax.methods.parts import dln_arguments, teacher_arguments
+from l2t_jax.presets import Preset
 from l2t_jax.runs.config import Config, UsageError
 from l2t_jax.runs.records import load_arrays, save_arrays
 from l2t_jax.teachers.trained import fill
@@ -73,8 +74,11 @@ def check(source: str, config: Config) -> None:
         (teacher_arguments(config.teacher, config.settings), about["teacher"]),
         (dln_arguments(config.settings), about["dln"]),
     ):
-        different |= {name: value for name, value in known.items() if asked[name] != value}
+        names = dict.fromkeys([*known, "units"])  # which stand there only where they are not the paper's
+        different |= {name: known.get(name) for name in names if asked.get(name) != known.get(name)}
     if different:
+        if "units" in different:
+            different["units"] = "-".join(map(str, different["units"] or [])) or Preset.units
         rows = {"form": "dln_form"}
         told = ",".join(f"{rows.get(name, name)}={str(value).lower()}" for name, value in different.items())
         raise UsageError(f"--teacher_from={source} was trained with other settings: add --set={told}.")

@@ -4,6 +4,7 @@ Legend: P loss parameters (the LSTM's batch axis), H units of a layer, F input f
 """
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
@@ -47,6 +48,7 @@ def coordinate_lstm(
     odd: bool = False,
     silent: bool = False,
     window: int = 0,
+    units: Sequence[int] | None = None,
 ) -> Teacher:
     """Build the coordinate-wise LSTM 64-64-64-1: update = sign * gamma * g, [g, h] = T(hypergradient, h).
 
@@ -60,6 +62,8 @@ def coordinate_lstm(
       window: rounds after which the hidden state is cleared; 0 never, as in the released code. Its cells add up what
         they read, and one round's derivative does not tell the teacher to forget: without it they saturate, and the
         update is then the same in every round, whatever the hypergradient. Not in the paper.
+      units: of the layers before the last, which has one; None: 64, 64, 64, as in the paper. Its cost is of the order
+        of P times their squares.
     Returns:
       a `Teacher` whose hidden state holds h and the cell state for every coordinate and, with a window, its age.
     Raises:
@@ -76,15 +80,18 @@ def coordinate_lstm(
         raise ValueError(f"preprocess={preprocess!r} is not a positive, finite number: give p, or None for none.")
     if not isinstance(window, int) or window < 0:
         raise ValueError(f"a window of {window} rounds is none: give at least 1, or 0 to clear nothing.")
+    if units is not None and not (units and all(isinstance(h, int) and h > 0 for h in units)):
+        raise ValueError(f"units={units!r} are none of layers: give positive whole numbers, e.g. (20, 20).")
     features = 1 if preprocess is None else 2
+    layers = UNITS if units is None else (*units, 1)
 
     def init(key: Key) -> tuple[Cell, ...]:
-        cells = init_cells(key, features)
+        cells = init_cells(key, features, layers)
         return (*cells[:-1], silenced(cells[-1])) if silent else cells
 
     def hidden_of(phi: PyTree) -> PyTree:
         flat, _ = ravel_pytree(phi)
-        states = (zero_states(flat), zero_states(flat)) if odd else zero_states(flat)
+        states = (zero_states(flat, layers), zero_states(flat, layers)) if odd else zero_states(flat, layers)
         return Aged(states, jnp.int32(0)) if window else states
 
     def update(params: PyTree, hidden: PyTree, hypergradient: PyTree, phi: PyTree) -> tuple[PyTree, PyTree]:
@@ -118,10 +125,10 @@ def coordinate_lstm(
     return Teacher(init=init, hidden=hidden_of, update=update)
 
 
-def init_cells(key: Key, features: int) -> tuple[Cell, ...]:
+def init_cells(key: Key, features: int, units: tuple[int, ...]) -> tuple[Cell, ...]:
     """Draw every entry of a layer from U(-1, 1) / sqrt(H), the released code's initialisation."""
     cells = []
-    for k, inputs, h in zip(jax.random.split(key, len(UNITS)), (features, *UNITS[:-1]), UNITS, strict=True):
+    for k, inputs, h in zip(jax.random.split(key, len(units)), (features, *units[:-1]), units, strict=True):
         bound = 1 / math.sqrt(h)
         shapes = ((inputs, 4 * h), (h, 4 * h), (4 * h,), (4 * h,))
         keys = jax.random.split(k, len(shapes))
@@ -137,9 +144,9 @@ def silenced(cell: Cell) -> Cell:
     return Cell(*(x.at[..., 2 * units : 3 * units].set(0) for x in cell))
 
 
-def zero_states(flat: Array) -> tuple[CellState, ...]:
+def zero_states(flat: Array, units: tuple[int, ...]) -> tuple[CellState, ...]:
     """All layers' states before the first update, for loss parameters [P]; no two share a buffer."""
-    return tuple(CellState(*(jnp.zeros((flat.size, h), flat.dtype) for _ in CellState._fields)) for h in UNITS)
+    return tuple(CellState(*(jnp.zeros((flat.size, h), flat.dtype) for _ in CellState._fields)) for h in units)
 
 
 def features_of(gradient: Array, p: float | None) -> Array:
