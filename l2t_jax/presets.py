@@ -3,7 +3,7 @@
 `paper` is Algorithm 1 to the letter. `released` is what the authors' code does; where the two differ the row says so.
 `residual` changes what makes the other two drift (see README) and nothing else; CE is cross entropy, and the last layer
 of its DLN begins at zero. `stable` is what teaching needed to pay where there is something to learn; its rows were
-chosen on held-out training examples of the digits and MNIST (docs/replication.md).
+chosen on held-out training examples of the digits and MNIST (docs/tuning.md).
 
 | item                    | paper          | released       | residual           | stable         | source        |
 |-------------------------|----------------|----------------|--------------------|----------------|---------------|

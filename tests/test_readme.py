@@ -123,7 +123,7 @@ def test_replication_tables_are_their_records(dataset):
     table = replication.table(Config(**given, **stable, memory="auto", seeds=(0,)), records_in(folder))
     assert (folder / "table.md").read_text() == tables.markdown(table)
     columns = [{row.name: row for row in section.rows} for section in table.sections]
-    for page in (README, (ROOT / "docs" / "replication.md").read_text()):
+    for page in (README, (ROOT / "docs" / "tuning.md").read_text()):
         for name in {name for rows in columns for name in rows}:
             cells = [shown(rows[name].score, ACCURACY) if name in rows else "" for rows in columns]
             assert f"| {name.replace('_', ' ')} | {' | '.join(cells)} |" in page
