@@ -14,8 +14,8 @@ from l2t_jax.data import hold_out
 from l2t_jax.losses.dln import dln
 from l2t_jax.methods.parts import build_teacher_optimizer, dln_arguments
 from l2t_jax.presets import PRESETS, Preset
-from l2t_jax.runs.config import Config, UsageError
-from l2t_jax.runs.setting import build_optimizer
+from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.runs.setting import build_optimizer, build_setting
 from l2t_jax.tasks import load
 
 TUNE = (*SMALL[1:], "--rounds=30", "--method=cross_entropy", "--seeds=2")
@@ -128,6 +128,18 @@ def test_an_option_is_changed_alone():
         name, _, text = value.partition("=")
         settings = dataclasses.replace(config.settings, **{name: _settings.parse_value("set", name, text)})
         assert settings != config.settings and cell == dataclasses.replace(config, settings=settings)
+
+
+def test_what_makes_teaching_cheaper_takes_the_same_student_steps():
+    """A round is N student steps, of which every k-th are taught: fewer rounds where it is longer."""
+    config = Config("digits", "mlp", ("l2t_dln",), "stable", "lstm", 140, "auto", (0,), PRESETS["stable"])
+    cost = ablations.ABLATIONS["cost"]
+    rounds = {value: ablations.varied(config, cost, "steps", value).rounds for value in cost.values}
+    assert rounds["as it is"] == rounds["units=8"] == rounds["unroll_length=5,teach_every=5"] == 140
+    assert (rounds["teach_every=5"], rounds["unroll_length=5"]) == (28, 700)
+    seldom = ablations.varied(config, cost, "steps", "teach_every=5")
+    setting, (online, frozen) = build_setting(seldom, Options(""), load("digits"))
+    assert setting.parts.steps == 3500 and online.method.stages == frozen.method.stages == 5
 
 
 def test_the_sheet_reaches_every_knob_of_the_dln():
