@@ -1,6 +1,7 @@
 """What teaching is worth: rates chosen on held-out examples, equal steps and seconds; texts as a data set."""
 
 import csv
+import dataclasses
 import json
 
 import numpy as np
@@ -69,7 +70,7 @@ def test_within_a_budget_is_the_longest_run_that_is_through():
 def test_a_frozen_teacher_has_cost_its_training():
     """And its rate is that which was best online."""
     config = Config("digits", "mlp", ("l2t_dln",), "stable", "lstm", 4, "auto", (0, 1), PRESETS["stable"])
-    (way,) = (way for way in worth.ways_of(config) if way.teacher == "lstm")
+    (way,) = (way for way in worth.ways_of(config) if way.teacher == "lstm" and not way.cheap)
     metric = Metric("accuracy", "%")._asdict()
 
     def record(online, frozen):
@@ -84,6 +85,17 @@ def test_a_frozen_teacher_has_cost_its_training():
     frozen, online = worth.reached(config, [way], {way.name: 0.3}, [1, 2], records)  # the better one first
     assert (online.name, frozen.name) == ("L2T-DLN, LSTM, online", "L2T-DLN, LSTM, frozen")
     np.testing.assert_allclose((online.seconds, frozen.seconds), ([1, 2], [3, 6]))
+
+
+@pytest.mark.parametrize("length, every, expected", [(25, 1, (5, 5)), (2, 1, (1, 2)), (5, 4, (4, 5)), (7, 1, (1, 7))])
+def test_the_cheap_row_takes_the_same_steps(length, every, expected):
+    settings = dataclasses.replace(PRESETS["stable"], unroll_length=length, teach_every=every)
+    config = Config("digits", "mlp", ("l2t_dln",), "stable", "lstm", 4, "auto", (0,), settings)
+    (way,) = (way for way in worth.ways_of(config) if way.cheap)
+    cell = worth.final_cell(config, way, 0.3, 4)
+    found = cell.config.settings
+    assert (found.unroll_length, found.teach_every) == expected and cell.name == "final_digits_mlp_l2t_dln_lstm_cheap_4"
+    assert dataclasses.replace(found, unroll_length=length, teach_every=every, units=settings.units) == settings
 
 
 @pytest.mark.parametrize(
