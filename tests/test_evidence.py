@@ -41,6 +41,8 @@ def test_the_page_has_the_table_and_the_command_writes_both(tmp_path, capsys):
     text = (tmp_path / "there" / "table.md").read_text()
     assert text == (evidence.RESULTS / "evidence" / "table.md").read_text()
     assert text.count("\n| ") == len(evidence.PLACES) + 1
+    page = (evidence.RESULTS.parents[1] / "docs" / "replication.md").read_text()
+    assert all(line in page for line in text.splitlines() if line.startswith("|"))
     assert (tmp_path / "there" / "gains.png").stat().st_size > 20_000
 
 
