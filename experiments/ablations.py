@@ -88,6 +88,7 @@ ABLATIONS = {
             "unroll_length=5,teach_every=5",
             "unroll_length=5,teach_every=5,units=20-20",
             "unroll_length=5,teach_every=10,units=20-20",
+            "unroll_length=5,teach_every=5,units=8",
         ),
         {},
         ("steps",),

@@ -7,7 +7,7 @@
 
 For data with wrong labels and some clean examples. Methods that read no validation error are trained on the clean
 examples as well ("+ clean"), cross entropy in both ways. L2T-DLN has three rows: the LSTM, Adam, and "cheap", an LSTM
-20-20-1 that looks 5 steps ahead, once in 25. First every row is trained with each of --rates as the student's learning
+8-1 that looks 5 steps ahead, once in 25. First every row is trained with each of --rates as the student's learning
 rate, on one seed, and judged on --held_out (0.2) of the training examples, which have right labels where these are
 known. Then it is trained with the best of them on all training examples, for all --seeds, for --rounds and for each of
 --shorter; the test set is read once for each. A cell that is done is kept: give the same command again after an
@@ -151,7 +151,7 @@ def cheaper(settings: Preset) -> Preset:
     """A small LSTM, and for a round of N steps an unroll of about their root: as many steps, fewer hypergradients."""
     steps = settings.unroll_length * settings.teach_every
     length = max(n for n in range(1, math.isqrt(steps) + 1) if steps % n == 0)
-    return dataclasses.replace(settings, units="20-20", unroll_length=length, teach_every=steps // length)
+    return dataclasses.replace(settings, units="8", unroll_length=length, teach_every=steps // length)
 
 
 def _parts(way: Way) -> list[str]:
