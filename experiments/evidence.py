@@ -34,7 +34,7 @@ class Place(NamedTuple):
     """Where methods were run beside each other."""
 
     name: str
-    files: str  # of its records, below the folder of results; of several runs of a method the last file counts
+    files: str  # patterns of its records, below the folder of results: of each method one run
     plain: str = "cross_entropy"
     teacher: str = "lstm"
 
@@ -47,12 +47,14 @@ PLACES = (
     Place("digits, 60 % uniform", "replication_digits/records/digits_mlp_uniform60_*.json"),
     Place("MNIST, 60 % uniform", "replication_mnist/records/mnist_mlp_uniform60_*.json"),
     Place("CIFAR-10, 40 % flips, short", "cifar10_lenet/records/*.json"),
-    Place("news, people's labels", "worth_noisyag_news/records/final_*_144.json", "cross_entropy + clean"),
+    Place("news, people's labels", "worth_noisyag_news/records/final_*[!p]_144.json", "cross_entropy + clean"),
     Place("digits, long tail", "long_tail/records/digits_*.json"),
     Place("MNIST, long tail", "long_tail/records/mnist_*.json"),
+    Place("digits, few of a class, AUCPR", "digits_aucpr/final_0.3.json digits_aucpr/final_10.0.json"),
     Place("segmentation, mIoU", "coco_voc_seg_mini_pspnet_small.json"),
     Place("detection (head), AP50", "coco_mini_yolov3_tiny.json", "sum_of_terms"),
     Place("made-up translation, BLEU", "made_up_translation/final_3e-3.json"),
+    Place("Omniglot, recall@1", "omniglot_boundary/taught.json", "margin"),
 )
 
 
@@ -82,16 +84,21 @@ def rows_of(results: Path, place: Place) -> Found:
     """Plain training, the best of the others, L2T-DLN.
 
     Raises:
-      UsageError: one of them has no record.
+      UsageError: one of them has no record, or a method has two.
     """
     rows: dict[str, Row] = {}
-    for path in sorted(results.glob(place.files)):
+    for path in (path for pattern in place.files.split() for path in sorted(results.glob(pattern))):
         record = read_record(path)
         for method in record["methods"]:
             taught = method in (OURS, OTHERS_OF_OURS)
             clean = " + clean" if record["config"].get("train_on_clean") else ""
-            if not taught or record["config"]["teacher"] == place.teacher:
-                rows[method + clean] = Row(words(method) + clean, record, method)
+            if taught and record["config"]["teacher"] != place.teacher:
+                continue
+            if method + clean in rows:
+                raise UsageError(
+                    f"{path} has {method}, and so has another record of the row {place.name!r}: leave one."
+                )
+            rows[method + clean] = Row(words(method) + clean, record, method)
     for name in (place.plain, OURS):
         if name not in rows:
             raise UsageError(f"--results={results}: {place.files} has no record of {name}, for the row {place.name!r}.")

@@ -46,10 +46,16 @@ def test_the_page_has_the_table_and_the_command_writes_both(tmp_path, capsys):
     assert (tmp_path / "there" / "gains.png").stat().st_size > 20_000
 
 
+def test_two_records_of_a_method_are_refused():
+    place = DIGITS._replace(files=f"{DIGITS.files} {RECORDS}/digits_mlp_flip240_cross_entropy.json")
+    with pytest.raises(ValueError, match="has cross_entropy, and so has another record"):
+        evidence.rows_of(evidence.RESULTS, place)
+
+
 @pytest.mark.parametrize("missing", ["digits_mlp_flip240_cross_entropy.json", "digits_mlp_flip240_lstm_l2t_dln.json"])
 def test_a_row_without_records_says_which(missing, tmp_path, capsys):
     for place in evidence.PLACES:
-        for path in evidence.RESULTS.glob(place.files):
+        for path in (path for pattern in place.files.split() for path in evidence.RESULTS.glob(pattern)):
             there = tmp_path / path.relative_to(evidence.RESULTS)
             there.parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(path, there)
