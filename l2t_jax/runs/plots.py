@@ -45,6 +45,7 @@ def learning_curves(
     linear_within: float | None = None,
     window: int | None = None,
     xlabel: str = "student steps",
+    log_x: bool = False,
 ) -> Figure:
     """Draw the mean over seeds of every curve, with a band from the lowest to the highest seed.
 
@@ -59,6 +60,7 @@ def learning_curves(
         window: points of the running median over which mean and band are smoothed (1: none); by default 1/50 of R above
             100 points. Where it smooths, the mean as it was is drawn faintly behind.
         xlabel: quantity and unit of x.
+        log_x: logarithmic x axis.
 
     Raises:
         ValueError: where a curve's x and y do not fit each other.
@@ -75,6 +77,8 @@ def learning_curves(
         axes.set_yscale("log", nonpositive="mask")
     elif log_y:
         axes.set_yscale("symlog", linthresh=linear_within)
+    if log_x:
+        axes.set_xscale("log")
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _frame(axes)
     if many:  # beside the curves, which leave no room

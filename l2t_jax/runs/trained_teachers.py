@@ -25,13 +25,18 @@ def save(workdir: Path, method: str, seed: int, teacher: PyTree) -> None:
         save_arrays(path, teacher)
 
 
+def of_no_run(source: str) -> bool:
+    """Whether a source is one teacher for all seeds: a shipped one, or a file with a card."""
+    return source.startswith(SHIPPED) or source.endswith(".npz")
+
+
 def load(source: str, method: str, seed: int, template: PyTree) -> PyTree:
-    """Read what `save` wrote, or what is shipped, in the form of a template of the same names and shapes.
+    """Read what `save` wrote, or a teacher of no run, in the form of a template of the same names and shapes.
 
     Raises:
       UsageError: there is none for this method and seed, it cannot be read, or it does not fit.
     """
-    if source.startswith(SHIPPED):
+    if of_no_run(source):
         try:
             return teachers.load(source.removeprefix(SHIPPED)).init(jax.random.key(0))
         except ValueError as error:
@@ -54,12 +59,12 @@ def load(source: str, method: str, seed: int, template: PyTree) -> PyTree:
 
 
 def check(source: str, config: Config) -> None:
-    """Refuse a shipped teacher that is not there, is of another method, or was trained with other settings.
+    """Refuse a teacher of no run that is not there, is of another method, or was trained with other settings.
 
     Raises:
       UsageError: one of these, and what to do.
     """
-    if not source.startswith(SHIPPED):
+    if not of_no_run(source):
         return
     try:
         about = teachers.card(source.removeprefix(SHIPPED))
@@ -86,7 +91,7 @@ def check(source: str, config: Config) -> None:
 
 def digest(source: str, method: str, seed: int) -> str:
     """The hash of a teacher's file, for the record; empty where there is none."""
-    if source.startswith(SHIPPED):
+    if of_no_run(source):
         sha: str = teachers.card(source.removeprefix(SHIPPED))["sha256"]
         return sha
     path = path_of(Path(source), method, seed)

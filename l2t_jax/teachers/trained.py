@@ -5,6 +5,7 @@ import io
 import json
 from collections.abc import Callable, Mapping
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,16 +23,18 @@ def shipped() -> tuple[str, ...]:
 
 
 def card(name: str) -> dict[str, Any]:
-    """What a shipped teacher is, where and how it was trained, and how well it taught there.
+    """What a trained teacher is, where and how it was trained, and how well it taught there.
 
     Args:
-      name: one of `shipped()`.
+      name: one of `shipped()`, or a file, NAME.npz, with its card, NAME.json, beside it.
     Returns:
       "teacher" and "dln": arguments of `build_teacher` and of `losses.dln.dln`; "student": what it taught; "trained_on"
       and "command", "commit", "seed", "scores": where it is from; "sha256" of the arrays.
     Raises:
-      ValueError: there is none of this name.
+      ValueError: there is none of this name, or the file has no card.
     """
+    if name.endswith(".npz"):
+        return _card_of_file(Path(name))
     if name not in shipped():
         known = ", ".join(shipped())
         raise ValueError(
@@ -41,12 +44,24 @@ def card(name: str) -> dict[str, Any]:
     return found
 
 
+def _card_of_file(path: Path) -> dict[str, Any]:
+    beside = path.with_suffix(".json")
+    if not (path.is_file() and beside.is_file()):
+        raise ValueError(f"There is no teacher {path} with its card {beside}: experiments.many_lives makes both.")
+    try:
+        found: dict[str, Any] = json.loads(beside.read_text())
+        _ = found["teacher"], found["dln"], found["sha256"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{beside} is no card of a teacher ({type(error).__name__}: {error}).") from error
+    return found
+
+
 def load_with(name: str, build: Callable[..., Teacher]) -> Teacher:
     """Load a trained teacher; see `teachers.load`, which knows what builds it."""
     about = card(name)
-    content = (ASSETS / f"{name}.npz").read_bytes()
+    content = (Path(name) if name.endswith(".npz") else ASSETS / f"{name}.npz").read_bytes()
     if hashlib.sha256(content).hexdigest() != about["sha256"]:
-        raise ValueError(f"The arrays of teacher {name!r} are damaged: install the package again.")
+        raise ValueError(f"The arrays of teacher {name!r} are damaged: install the package, or make them, again.")
     teacher = build(**about["teacher"])
     with np.load(io.BytesIO(content), allow_pickle=False) as arrays:
         params = fill(jax.eval_shape(teacher.init, jax.random.key(0)), arrays)
