@@ -217,6 +217,11 @@ def _what(ablation: Ablation, record: Record) -> str:
     return f"{name_of(record)}, preset {record['preset']}{teacher}"
 
 
+def _short(value: Any) -> Any:
+    """Several settings as they stand under a picture: by the paper's letter."""
+    return value.replace("unroll_length", "N").replace("teach_every=", "every ") if isinstance(value, str) else value
+
+
 def draw(path: Path, ablation: Ablation, equal: str, found: Found) -> None:
     """The scores against the values, and the published ones."""
     some, curves = found[ablation.values[0]], {}
@@ -224,7 +229,7 @@ def draw(path: Path, ablation: Ablation, equal: str, found: Found) -> None:
     for name in (ONLINE, FROZEN, baseline_of(some)):
         scores = {value: record["methods"][name]["score"] for value, record in found.items()}
         curves[name] = [
-            (value, scale * score["mean"], scale * (score["std"] or 0))
+            (_short(value), scale * score["mean"], scale * (score["std"] or 0))
             for value, score in scores.items()
             if score["mean"] is not None
         ]

@@ -173,12 +173,24 @@ def test_rows_of_what_teaching_is_worth_are_their_records():
     best = {way.name: worth.best_rate(config, way, rates, records) for way in ways}
     text = tables.markdown(worth.table_of(worth.reached(config, ways, best, [18, 36, 72, 144], records)))
     assert text == (folder / "table.md").read_text()
-    assert len(records) == 11 * (3 + 4) and all(
+    assert len(records) == 12 * (3 + 4) and all(
         record["environment"]["git"]["dirty"] is False for record in records.values()
     )
     steps = text.partition("## Equal steps")[2].partition("## Equal seconds")[0]
     page = (ROOT / "docs" / "worth.md").read_text()
     assert all(line in page for line in steps.splitlines() if line.startswith("|"))
+
+
+def test_rows_of_cost_are_their_records():
+    page = (ROOT / "docs" / "replication.md").read_text().partition("| `--set=` |")[2].partition("\n\n")[0]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines()[2:]]
+    assert len(rows) == 6
+    for name, *cells in rows:
+        option = cell_name("digits_mlp_flip240_option", name.partition(":")[0], "equal_steps")
+        record = read_record(RESULTS / "ablation_cost" / "records" / f"{option}.json")
+        found = [record["methods"][method] for method in ("l2t_dln", "l2t_dln_transfer")]
+        scores = [shown(one["score"], record["metric"]).removesuffix(" %") for one in found]
+        assert cells == [*scores, f"{found[0]['wall_time_s'] / len(record['seeds']):.0f}"]
 
 
 def test_rankings_are_judged():

@@ -141,7 +141,7 @@ def committed(name):
     return (RESULTS / name / "table.md").read_text()
 
 
-@pytest.mark.parametrize("name", ["4", "5", "6", "lr", "options"])
+@pytest.mark.parametrize("name", ["4", "5", "6", "lr", "options", "cost"])
 def test_ablations_are_their_records(name):
     ablation, records = ablations.ABLATIONS[name], records_in(RESULTS / f"ablation_{name}")
     config = dataclasses.replace(STABLE, noise=None if name == "4" else FLIPS)
