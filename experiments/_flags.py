@@ -227,8 +227,8 @@ flags.DEFINE_string(
     "teacher_from",
     None,
     f"A --workdir whose trained, frozen teachers (of {', '.join(TAUGHT)}, for the same seeds) teach here, on another "
-    "data set, student or noise; none is trained. Or shipped:NAME, one that comes with the package: "
-    f"{_choices(shipped()) or 'none yet'}.",
+    "data set, student or noise; none is trained. Or shipped:NAME, one that comes with the package "
+    f"({_choices(shipped()) or 'none yet'}), or FILE.npz, of experiments.many_lives.",
 )
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
 flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")
