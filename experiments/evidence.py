@@ -54,6 +54,7 @@ PLACES = (
     Place("segmentation, mIoU", "coco_voc_seg_mini_pspnet_small.json"),
     Place("detection (head), AP50", "coco_mini_yolov3_tiny.json", "sum_of_terms"),
     Place("made-up translation, BLEU", "made_up_translation/final_3e-3.json"),
+    Place("multi30k, BLEU", "multi30k_translation/final_1e-2.json multi30k_translation/final_1e-2_taught.json"),
     Place("Omniglot, recall@1", "omniglot_boundary/taught.json", "margin"),
 )
 
