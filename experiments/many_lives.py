@@ -11,12 +11,14 @@ examples with right labels that neither it nor the student sees, and it learns b
 rounds of the window (l2t_jax.methods.horizon). No test set is read.
 
 Writes teacher.npz and its card teacher.json, metrics.jsonl (a line a window), curves.png, response.png and state.npz to
---workdir (default runs/many_lives). The same command goes on where it stopped, with more --windows too.
+--workdir (default runs/many_lives). The same command goes on where it stopped.
 """
 
 import dataclasses
 import hashlib
 import json
+import shlex
+import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -87,8 +89,9 @@ def train(root: Path) -> Iterator[str]:
     began, first = time.monotonic(), int(state.windows)
     try:
         while int(state.windows) < FLAGS.windows:
+            start_of = time.monotonic()
             state, told = trainer.step(state)
-            rows.append([told])
+            rows.append([told | {"seconds": round(time.monotonic() - start_of, 3)}])
             done = int(state.windows)
             if done % EVERY == 0 or done == FLAGS.windows:
                 save_arrays(root / "state.npz", state)
@@ -97,7 +100,7 @@ def train(root: Path) -> Iterator[str]:
                 yield f"window {done}/{FLAGS.windows}: {told['kind']}{error}, {left / 60:.0f} min left"
     except KeyboardInterrupt:
         raise UsageError(f"interrupted; the same command goes on from the last of every {EVERY} windows.") from None
-    write(root, settings, config, state.tau, began)
+    write(root, settings, config, state.tau)
     yield f"Files: {root} (teacher.npz, teacher.json, metrics.jsonl, curves.png, response.png)"
 
 
@@ -110,21 +113,22 @@ def _same(path: Path, config: dict[str, Any]) -> None:
         raise UsageError(f"{path} is of other flags ({', '.join(different)} differ): choose another --workdir.")
 
 
-def write(root: Path, settings: Preset, config: dict[str, Any], tau: PyTree, began: float) -> None:
+def write(root: Path, settings: Preset, config: dict[str, Any], tau: PyTree) -> None:
     """The teacher with its card, and the pictures."""
     save_arrays(root / "teacher.npz", tau)
-    arguments = teacher_arguments("lstm", settings)
+    arguments, rows = teacher_arguments("lstm", settings), Metrics.read(root / "metrics.jsonl")
     card = {
         "teacher": arguments,
         "dln": dln_arguments(settings),
         "student": {"student_lr": RATES, "student_schedule": "cosine", "student_clip": settings.student_clip},
         "trained_on": config,
-        "wall_time_s": time.monotonic() - began,
+        "wall_time_s": sum(row["seconds"] for row in rows),
+        "command": shlex.join(["python", "-m", "experiments.many_lives", *sys.argv[1:]]),
         "environment": environment(),
         "sha256": hashlib.sha256((root / "teacher.npz").read_bytes()).hexdigest(),
     }
     write_json(root / "teacher.json", card)
-    draw_curves(root / "curves.png", Metrics.read(root / "metrics.jsonl"))
+    draw_curves(root / "curves.png", rows)
     draw_response(root / "response.png", build_teacher(**arguments), tau, settings.dln_lr)
 
 
