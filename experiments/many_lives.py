@@ -6,7 +6,7 @@
 
 A life has its own classes (2 to 20, of the digits, of mixtures of Gaussians, of MNIST with --data_dir), student, rate
 and length, kind and share of wrong labels (none to 70 %), and number of clean examples. The teacher lives through
-windows of --horizon rounds of --lives lives at a time, which begin at any age. After every round it is judged by
+windows of --horizon rounds of --side_by_side lives at a time, which begin at any age. After every round it is judged by
 examples with right labels that neither it nor the student sees, and it learns by the exact derivative through all
 rounds of the window (l2t_jax.methods.horizon). No test set is read.
 
@@ -44,7 +44,8 @@ from l2t_jax.types import PyTree, Teacher
 
 flags.DEFINE_integer("windows", 1000, "Windows in all, of one kind of life each.", lower_bound=1)
 flags.DEFINE_integer("horizon", 5, "R, rounds of a window, through which the teacher is differentiated.", lower_bound=1)
-flags.DEFINE_integer("lives", 4, "Lives of a kind that go on side by side.", lower_bound=1)
+# Not "lives", which is a row of the sheet.
+flags.DEFINE_integer("side_by_side", 4, "Lives of a kind that go on side by side.", lower_bound=1)
 flags.DEFINE_string("lstm", "8", "Units of its layers but the last: 8, 20-20, 64-64-64.")
 flags.DEFINE_float("rate", 2e-3, "Learning rate of the teacher, which falls to 0 over all windows.")
 flags.DEFINE_integer("seed", 0, "Of all draws.", lower_bound=0)
@@ -67,7 +68,7 @@ def train(root: Path) -> Iterator[str]:
     kinds = tuple(kind for kind in KINDS if kind.source != "mnist" or FLAGS.data_dir)
     if len(kinds) < len(KINDS):
         yield f"{len(KINDS) - len(kinds)} of {len(KINDS)} kinds of lives are of MNIST: left out without --data_dir."
-    config = {name: FLAGS[name].value for name in ("horizon", "lives", "rate", "seed", "windows")}
+    config = {name: FLAGS[name].value for name in ("horizon", "side_by_side", "rate", "seed", "windows")}
     config |= {"settings": dataclasses.asdict(settings), "kinds": [name_of(kind) for kind in kinds]}
     enable_compilation_cache()
     root.mkdir(parents=True, exist_ok=True)
@@ -77,7 +78,7 @@ def train(root: Path) -> Iterator[str]:
         settings,
         optimizer,
         kinds=kinds,
-        lives=FLAGS.lives,
+        lives=FLAGS.side_by_side,
         rounds=FLAGS.horizon,
         seed=FLAGS.seed,
         data_dir=FLAGS.data_dir,

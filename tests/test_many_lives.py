@@ -21,7 +21,7 @@ from l2t_jax.runs.records import load_arrays
 
 KIND = Kind("mixtures", 3, "mlp", 4, 40)
 SETTINGS = dataclasses.replace(STABLE, unroll_length=2, batch_size=5, validation_batch_size=10, units="3")
-SMALL = ("--horizon=2", "--lives=2", "--lstm=3", "--seed=4")
+SMALL = ("--horizon=2", "--side_by_side=2", "--lstm=3", "--seed=4")
 
 
 @pytest.fixture(scope="module", autouse=True)
