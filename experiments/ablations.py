@@ -185,7 +185,7 @@ def columns(ablation: Ablation, record: Record) -> list[Column]:
         tables.scores(words(baseline_of(record)), baseline_of(record)),
         *tables.differences(),
         tables.STEPS,
-        Column("s a round", _seconds) if "rounds" in ablation.equal else Column("s a seed", _seconds_of_all),
+        Column("s a round", _seconds) if "rounds" in ablation.equal else tables.SECONDS,
         tables.published(lambda row: values.get(row.name), ".2f"),
     ]
 
@@ -205,10 +205,6 @@ def published(ablation: Ablation, record: Record) -> dict[Any, float]:
 
 def _seconds(row: Row) -> str:
     return f"{row.outcome['wall_time_s'] / row.outcome['rounds'] / len(row.record['seeds']):.2f}"
-
-
-def _seconds_of_all(row: Row) -> str:
-    return f"{row.outcome['wall_time_s'] / len(row.record['seeds']):.0f}"
 
 
 def _what(ablation: Ablation, record: Record) -> str:

@@ -27,7 +27,7 @@ RESULTS = Path(__file__).parent / "results"
 flags.DEFINE_string("results", None, "Folder of results. Default: that of this repository.")
 flags.declare_key_flag("workdir")
 FLAGS = flags.FLAGS
-OURS, OTHERS_OF_OURS = "l2t_dln", "l2t_dln_transfer"
+OURS, FROZEN = "l2t_dln", "l2t_dln_transfer"
 
 
 class Place(NamedTuple):
@@ -91,7 +91,7 @@ def rows_of(results: Path, place: Place) -> Found:
     for path in (path for pattern in place.files.split() for path in sorted(results.glob(pattern))):
         record = read_record(path)
         for method in record["methods"]:
-            taught = method in (OURS, OTHERS_OF_OURS)
+            taught = method in (OURS, FROZEN)
             clean = " + clean" if record["config"].get("train_on_clean") else ""
             if taught and record["config"]["teacher"] != place.teacher:
                 continue
@@ -104,7 +104,7 @@ def rows_of(results: Path, place: Place) -> Found:
         if name not in rows:
             raise UsageError(f"--results={results}: {place.files} has no record of {name}, for the row {place.name!r}.")
     plain, ours = rows.pop(place.plain), rows.pop(OURS)
-    rows.pop(OTHERS_OF_OURS, None)
+    rows.pop(FROZEN, None)
     best = min((row for row in rows.values() if row.score["mean"] is not None), key=tables.rank, default=None)
     compared = (plain.score, best.score if best else None)
     return Found(place, plain, best, ours._replace(compared=compared))
