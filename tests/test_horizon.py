@@ -15,10 +15,6 @@ from l2t_jax.unroll import init_state
 
 N = 3
 SGD = optax.sgd(0.1, momentum=0.9)
-READ_GRADIENT = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
-)
 PARTS = toy.student, toy.task, toy.small_loss()
 
 
@@ -46,7 +42,7 @@ def test_one_round_has_the_derivative_of_eq_8(x64):
     (error, after), gradient = jax.jit(jax.value_and_grad(lambda tau: _first(errors(tau, taught, read)), has_aux=True))(
         tau
     )
-    method = l2t_dln(*PARTS, toy.teacher, SGD, READ_GRADIENT, second_stage="restart", memory="save")
+    method = l2t_dln(*PARTS, toy.teacher, SGD, toy.READ_GRADIENT, second_stage="restart", memory="save")
     state = method.init(jax.random.key(0), jnp.zeros((2, 5)))
     state = state._replace(student=taught.student, loss=taught.loss, teacher=tau, carried=taught.hidden)
     state = toy.to_x64(state)

@@ -22,11 +22,6 @@ from l2t_jax.unroll import inner_objective, outer_objective, plain_gradient, stu
 pytestmark = pytest.mark.usefixtures("small_lstm")
 GAMMA, N = 0.05, 3
 SGD = optax.sgd(0.1, momentum=0.9)
-# Keeps tau as it is and the teacher gradient as its state, so that a test can read it.
-READ_GRADIENT = optax.GradientTransformation(
-    lambda params: jax.tree.map(jnp.zeros_like, params),
-    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
-)
 
 
 def batches_of(round, stages):
@@ -37,7 +32,7 @@ def batches_of(round, stages):
     )
 
 
-def build(second_stage, teacher_optimizer=READ_GRADIENT, teacher=None, **knobs):
+def build(second_stage, teacher_optimizer=toy.READ_GRADIENT, teacher=None, **knobs):
     teacher = coordinate_lstm(GAMMA) if teacher is None else teacher
     knobs = {"second_stage": second_stage, "memory": "save"} | knobs  # auto would trace each mode to choose one
     method = l2t_dln(toy.student, toy.task, toy.small_loss(), teacher, SGD, teacher_optimizer, **knobs)

@@ -52,6 +52,12 @@ def _teach(tau, hidden, hypergradient, phi):
 # A learned rate and a hidden state: all that an LSTM has, and compiled sooner than one.
 teacher = Teacher(lambda key: {"log_rate": jnp.array(-2.0)}, lambda phi: jax.tree.map(jnp.zeros_like, phi), _teach)
 
+# Keeps tau as it is and the teacher gradient as its state, so that a test can read it.
+READ_GRADIENT = optax.GradientTransformation(
+    lambda params: jax.tree.map(jnp.zeros_like, params),
+    lambda grads, state, params: (jax.tree.map(jnp.zeros_like, grads), grads),
+)
+
 
 def batch(key, *shape):
     """Random examples, leaves [*shape, ...]."""
