@@ -23,13 +23,14 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import jax.numpy as jnp
 import numpy as np
 import optax
 from absl import flags
 
-from experiments import _settings
+from experiments import _flags, _settings
 from experiments._command import reader, start
 from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax.presets import STABLE, Preset
@@ -62,7 +63,8 @@ def train(root: Path) -> Iterator[str]:
     Raises:
       UsageError: a flag is out of range, or the directory is of other flags.
     """
-    settings = _settings.checked(dataclasses.replace(STABLE, units=FLAGS.lstm, dln_lr=FLAGS.dln_lr or DLN_LR))
+    dln_lr = DLN_LR if FLAGS.dln_lr is None else FLAGS.dln_lr
+    settings = _settings.checked(dataclasses.replace(STABLE, units=FLAGS.lstm, dln_lr=dln_lr))
     if not 0 < FLAGS.rate < float("inf"):
         raise UsageError(f"--rate={FLAGS.rate} must be a positive, finite number.")
     kinds = tuple(kind for kind in KINDS if kind.source != "mnist" or FLAGS.data_dir)
@@ -85,7 +87,10 @@ def train(root: Path) -> Iterator[str]:
     )
     state, rows = trainer.begin(), Metrics(root / "metrics.jsonl")
     if (root / "state.npz").exists():
-        state = trainer.go_on(fill(state, load_arrays(root / "state.npz")))
+        try:
+            state = trainer.go_on(fill(state, load_arrays(root / "state.npz")))
+        except (OSError, ValueError, KeyError, BadZipFile) as damage:
+            raise UsageError(f"{root / 'state.npz'} is damaged ({damage}): remove it to begin anew.") from damage
     rows.truncate(lambda row: row["window"] < int(state.windows))
     began, first = time.monotonic(), int(state.windows)
     try:
@@ -100,7 +105,7 @@ def train(root: Path) -> Iterator[str]:
                 error = "" if told["error"] is None else f" error {told['error']:.3f}"
                 yield f"window {done}/{FLAGS.windows}: {told['kind']}{error}, {left / 60:.0f} min left"
     except KeyboardInterrupt:
-        raise UsageError(f"interrupted; the same command goes on from the last of every {EVERY} windows.") from None
+        _flags.fail(f"interrupted; the same command goes on from the last of every {EVERY} windows.", 130)
     write(root, settings, config, state.tau)
     yield f"Files: {root} (teacher.npz, teacher.json, metrics.jsonl, curves.png, response.png)"
 

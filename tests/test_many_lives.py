@@ -95,7 +95,7 @@ def test_the_same_command_goes_on_bit_for_bit(run, tmp_path, monkeypatch):
 
     monkeypatch.setattr(Trainer, "step", interrupted)
     arguments = (*SMALL, "--windows=6", f"--workdir={tmp_path}")
-    assert [launch(many_lives, *arguments) for _ in range(3)] == [2, 2, 0]
+    assert [launch(many_lives, *arguments) for _ in range(3)] == [130, 130, 0]
     for name in ("state.npz", "teacher.npz"):
         chex.assert_trees_all_equal(load_arrays(tmp_path / name), load_arrays(run / name))
     assert rows_of(tmp_path) == rows_of(run)
@@ -157,6 +157,10 @@ def test_what_cannot_be_used_is_told_in_a_line(run, tmp_path, capsys):
     workdir = f"--workdir={tmp_path / 'none'}"
     assert "units=3- must be the units" in said(many_lives, "--lstm=3-", workdir)
     assert "--rate=0.0 must be a positive" in said(many_lives, "--rate=0", workdir)
+    assert "--dln_lr=0.0 must be a positive" in said(many_lives, "--dln_lr=0", workdir)
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "state.npz").write_bytes(b"PK")
+    assert "is damaged" in said(many_lives, *SMALL, "--windows=1", f"--workdir={tmp_path / 'broken'}")
     assert "(seed, windows differ)" in said(many_lives, *SMALL, "--seed=5", "--windows=7", f"--workdir={run}")
     flags = ("--method=l2t_dln", "--rounds=1", "--seeds=1", workdir)
     assert "add --set=dln_lr=0.03,units=3" in said(noisy_labels, *flags, f"--teacher_from={run / 'teacher.npz'}")
