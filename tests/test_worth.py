@@ -96,6 +96,8 @@ def test_the_cheap_row_takes_the_same_steps(length, every, expected):
     found = cell.config.settings
     assert (found.unroll_length, found.teach_every) == expected and cell.name == "final_digits_mlp_l2t_dln_lstm_cheap_4"
     assert dataclasses.replace(found, unroll_length=length, teach_every=every, units=settings.units) == settings
+    every_row_is = dataclasses.replace(config, settings=worth.cheaper(settings))
+    assert [way.name for way in worth.ways_of(every_row_is)] == ["L2T-DLN, LSTM", "L2T-DLN, Adam"]
 
 
 @pytest.mark.parametrize(
