@@ -100,7 +100,10 @@ def refuse(name: str, why: str) -> None:
 def run_one(config: Config, options: Options) -> int:
     """Train all methods of a config, as one run in one directory."""
     setting, entries = build_setting(config, options, prepare(config, options))
-    return run_entries(setting, entries)
+    code = run_entries(setting, entries)
+    if parallel.is_leader():
+        print("Next: your own data by --dataset=PATH, other methods by --method=NAME,NAME, all flags by --help.")
+    return code
 
 
 def _go_on(experiment: str, options: Options) -> str:

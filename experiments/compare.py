@@ -27,8 +27,9 @@ from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, ru
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.published import PUBLISHED, Group
 from l2t_jax.runs.records import Metrics
-from l2t_jax.runs.reporting import name_of, plot_curves
+from l2t_jax.runs.reporting import plot_curves
 from l2t_jax.runs.tables import Column, Record, Row, Score, Section, Table, baseline_of, group_of_record
+from l2t_jax.runs.texts import name_of
 
 FLAGS = flags.FLAGS
 for module in (_flags, _groups, _noise, _table_flag):

@@ -20,8 +20,8 @@ from experiments._command import reader, start
 from l2t_jax.runs import plots, tables
 from l2t_jax.runs.config import UsageError
 from l2t_jax.runs.records import read_record
-from l2t_jax.runs.reporting import points
 from l2t_jax.runs.tables import Column, Row, Section, Table, words
+from l2t_jax.runs.texts import points
 
 RESULTS = Path(__file__).parent / "results"
 flags.DEFINE_string("results", None, "Folder of results. Default: that of this repository.")

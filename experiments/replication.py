@@ -23,8 +23,8 @@ from experiments._command import command, refuse, start
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, words
+from l2t_jax.runs.texts import name_of
 
 FLAGS = flags.FLAGS
 flags.adopt_module_key_flags(_flags)

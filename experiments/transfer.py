@@ -20,8 +20,8 @@ from experiments._command import command, refuse, start
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, baseline_of, words
+from l2t_jax.runs.texts import name_of
 from l2t_jax.tasks import TASKS
 
 flags.DEFINE_string("sources", "", "Trained teachers, comma separated: shipped:NAME, or directories of runs.")

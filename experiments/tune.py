@@ -23,8 +23,8 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import Cell, cell_name, complete, group_of, loader, records_in, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import headline, name_of
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
+from l2t_jax.runs.texts import headline, name_of
 
 flags.DEFINE_string("grid", "", "NAME=VALUE,VALUE;NAME.KNOB=VALUE,...: as --set, all combinations.")
 FLAGS = flags.FLAGS

@@ -28,9 +28,9 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import plots, tables
 from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
-from l2t_jax.runs.reporting import headline, name_of, points, shown
 from l2t_jax.runs.setting import build_plan
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
+from l2t_jax.runs.texts import headline, name_of, points, shown
 
 FLAGS = flags.FLAGS
 for module in (_flags, _noise):

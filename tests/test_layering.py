@@ -13,7 +13,7 @@ PAGE = (ROOT / "docs" / "structure.md").read_text()
 LAYERS = tuple(set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| \d+ \| ([^|]*) \|", PAGE, re.MULTILINE))
 DOORS = {
     "orbax": ("checkpoints.py",),
-    "matplotlib": ("plots.py",),
+    "matplotlib": ("plots.py", "image_panels.py"),
     "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),
     "faster_coco_eval": ("boxes.py",),

@@ -15,7 +15,7 @@ from l2t_jax.runs import tables
 from l2t_jax.runs.cells import records_in
 from l2t_jax.runs.config import Config
 from l2t_jax.runs.records import read_record
-from l2t_jax.runs.reporting import shown
+from l2t_jax.runs.texts import shown
 from l2t_jax.types import Metric
 
 ROOT = Path(__file__).parents[1]

@@ -13,9 +13,9 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.config import Config, Options
 from l2t_jax.runs.records import WorkdirError, read_record, write_record
-from l2t_jax.runs.reporting import shown
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
+from l2t_jax.runs.texts import shown
 
 
 class Cell(NamedTuple):

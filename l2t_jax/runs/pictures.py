@@ -6,7 +6,7 @@ import jax
 import numpy as np
 
 from l2t_jax.data import at
-from l2t_jax.runs import plots
+from l2t_jax.runs.image_panels import panels
 from l2t_jax.runs.setting import Entry, Setting
 from l2t_jax.tasks import TASKS, Panel
 from l2t_jax.tasks.reading import whole
@@ -36,7 +36,7 @@ def draw(path: Path, setting: Setting, entries: list[Entry], begun: MethodState,
     for name, state in seen.items():
         columns[name] = spec.illustrate(info, task, student, state.student.variables, block)
     names = getattr(info, "names", ())
-    plots.panels(path, columns, names=names, title=f"{setting.config.dataset}, {setting.config.student}")
+    panels(path, columns, names=names, title=f"{setting.config.dataset}, {setting.config.student}")
 
 
 def in_words(path: Path, setting: Setting, begun: MethodState, ended: dict[str, MethodState]) -> list[str]:

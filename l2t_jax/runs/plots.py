@@ -1,21 +1,17 @@
-"""Pictures: learning curves over seeds, learned losses as surfaces, costs. The only file that knows matplotlib.
+"""Pictures: learning curves over seeds, learned losses as surfaces, costs. With image_panels all that knows matplotlib.
 
 Legend: R points of a curve, G grid points along one axis of a surface. All write `path` and return the Figure.
 """
 
 import math
-import zlib
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.colors import to_rgb
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from numpy.lib.stride_tricks import sliding_window_view
 from numpy.typing import ArrayLike
@@ -24,8 +20,6 @@ from l2t_jax.types import Array
 
 # Okabe and Ito's colours, told apart by colour-blind readers too, without the yellow that white paper swallows.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-# Of the classes of pixels: matplotlib's twenty and two more in place of its greys, as images under them are grey.
-_CLASSES: tuple[Any, ...] = (*(colormaps["tab20"](i) for i in range(20) if i not in (14, 15)), "#393b79", "#637939")
 _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
 _FEW = 6  # curves whose legend has room among them
@@ -85,7 +79,7 @@ def learning_curves(
         figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     elif curves:
         axes.legend(frameon=False, fontsize="small")
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def norms(path: str | Path, curves: Curves, *, title: str, ylabel: str = "norm", window: int | None = None) -> Figure:
@@ -115,7 +109,47 @@ def loss_surfaces(path: str | Path, surfaces: Sequence[tuple[str, ArrayLike]], *
         axes = figure.add_axes((left, 0.04, (_CELL[0] - 0.6) / width, 0.78), projection="3d")
         _surface(axes, name, np.asarray(values, np.float64))
     figure.suptitle(title, y=0.98)
-    return _write(figure, path)
+    return write(figure, path)
+
+
+def overview(
+    path: str | Path, panels: Mapping[str, Curves], surfaces: Sequence[tuple[str, ArrayLike]], *, title: str
+) -> Figure:
+    """Draw one picture of a run: curves side by side, then a learned loss, with one legend.
+
+    Args:
+        path: the picture, its format by the suffix.
+        panels: what is on the y axis -> its curves, as `learning_curves` takes them.
+        surfaces: as `loss_surfaces` takes them, or none.
+        title: above all.
+
+    Raises:
+        ValueError: where there is nothing, or a curve's x and y do not fit each other.
+    """
+    if not panels and not surfaces:
+        raise ValueError("There is nothing to draw: give at least one panel or surface.")
+    widths = [4.4] * len(panels) + [_CELL[0]] * len(surfaces)
+    figure = Figure(figsize=(sum(widths), 4.2))
+    names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    legend: dict[str, Any] = {}
+    for place, (label, curves) in enumerate(panels.items()):
+        axes = figure.add_axes(((4.4 * place + 0.75) / sum(widths), 0.27, 3.5 / sum(widths), 0.58))
+        for name, (x, y) in curves.items():
+            x, y = _checked(name, x, y)
+            _curve(axes, name, x, y, default_window(x.size), names.index(name), 0.18)
+        axes.set_title(label, fontsize="medium")
+        axes.set_xlabel("student steps")
+        _frame(axes)
+        legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    for place, (name, values) in enumerate(surfaces):
+        left = 4.4 * len(panels) + place * _CELL[0]
+        axes = figure.add_axes((left / sum(widths), 0.1, (_CELL[0] - 0.6) / sum(widths), 0.74), projection="3d")
+        _surface(axes, name, np.asarray(values, np.float64))
+    if legend:
+        at = (2.2 * len(panels) / sum(widths), 0.01)
+        figure.legend(legend.values(), legend, loc="lower center", bbox_to_anchor=at, ncols=4, frameon=False)
+    figure.suptitle(title, y=0.98)
+    return write(figure, path)
 
 
 def costs(
@@ -167,7 +201,7 @@ def costs(
     order = [*solid, *groups[1][2], marks[0]]
     figure.legend([legend[name] for name in order], order, loc="outside right upper", frameon=False, fontsize="small")
     figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def reached(
@@ -200,7 +234,7 @@ def reached(
     _frame(axes)
     figure.legend(loc="outside right upper", frameon=False, fontsize="small")
     figure.suptitle(title, x=0.01, horizontalalignment="left")  # away from the legend
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def ablation(
@@ -247,7 +281,7 @@ def ablation(
     axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
     _frame(axes)
     axes.legend(frameon=False, fontsize="small")
-    return _write(figure, path)
+    return write(figure, path)
 
 
 def table(
@@ -297,79 +331,7 @@ def table(
         if row == 0:
             cell.set_text_props(weight="bold")
     figure.suptitle(title, fontsize=9)
-    return _write(figure, path)
-
-
-def panels(
-    path: str | Path, columns: dict[str, list[Any]], *, names: Sequence[str], title: str, most_labels: int = 8
-) -> Figure:
-    """Draw images and what is seen in them, a row for each image and a column for each who looks.
-
-    Args:
-        path: the picture, its format by the suffix.
-        columns: name -> a `tasks.Panel` for each image: maps of classes are laid over the image, boxes drawn on it.
-        names: of the classes of maps, for the legend; class 0 is the ground and is left as it is.
-        title: above all.
-        most_labels: boxes of an image that are labelled, the first ones; the others are drawn bare.
-    """
-    rows = len(next(iter(columns.values())))
-    figure = Figure(figsize=(2.6 * len(columns), 2.5 * rows + 0.6), layout="constrained")
-    seen: set[int] = set()
-    for c, (name, each) in enumerate(columns.items()):
-        for r, panel in enumerate(each):
-            axes = figure.add_subplot(rows, len(columns), r * len(columns) + c + 1)
-            axes.set_axis_off()
-            axes.imshow(_with_classes(panel))
-            if r == 0:
-                axes.set_title(name, fontsize="medium")
-            if panel.classes is not None:
-                seen |= {int(value) for value in np.unique(panel.classes) if 0 < value < len(names)}
-            for b, box in enumerate(() if panel.boxes is None else panel.boxes):
-                left, top, right, bottom = box
-                colour = COLOURS[hash_of(panel.labels[b].split(" ")[0]) % len(COLOURS)]
-                axes.add_patch(
-                    Rectangle((left, top), right - left, bottom - top, fill=False, edgecolor=colour, linewidth=1.2)
-                )
-                if b < most_labels:
-                    axes.text(left, top, panel.labels[b], fontsize=5, color="white", backgroundcolor=colour).set_bbox(
-                        {"facecolor": colour, "edgecolor": "none", "pad": 0.5}
-                    )
-    handles = [Rectangle((0, 0), 1, 1, facecolor=colour_of(value)) for value in sorted(seen)]
-    if handles:
-        labels = [names[value] for value in sorted(seen)]
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=2 * len(columns), frameon=False, fontsize="small"
-        )
-    figure.suptitle(title)
-    return _write(figure, path)
-
-
-def _with_classes(panel: Any) -> np.ndarray:
-    """The image [H, W, 3] under the colours of the classes of its pixels; those that do not count are white.
-
-    It is grey there, as colours of its own would be taken for those of classes.
-    """
-    image: np.ndarray = panel.image.astype(np.float32) / 255
-    if panel.classes is None:
-        return image
-    image = np.repeat(image @ np.array([[0.299], [0.587], [0.114]], np.float32), 3, axis=-1)
-    classes = np.asarray(panel.classes)
-    for value in np.unique(classes):
-        if value:
-            colour = np.ones(3) if value == 255 else np.array(colour_of(int(value)))
-            image[classes == value] = 0.35 * image[classes == value] + 0.65 * colour
-    return image
-
-
-def colour_of(value: int) -> tuple[float, float, float]:
-    """The colour of a class from 1 on: twenty that can be told apart, then again from the first."""
-    red, green, blue = to_rgb(_CLASSES[(value - 1) % len(_CLASSES)])
-    return red, green, blue
-
-
-def hash_of(word: str) -> int:
-    """A number of a word, the same in every process."""
-    return zlib.crc32(word.encode())
+    return write(figure, path)
 
 
 def default_window(points: int) -> int:
@@ -440,7 +402,8 @@ def _surface(axes: Any, name: str, z: np.ndarray) -> None:
     axes.view_init(elev=25, azim=-60)
 
 
-def _write(figure: Figure, path: str | Path) -> Figure:
+def write(figure: Figure, path: str | Path) -> Figure:
+    """Write a picture, its folder too."""
     FigureCanvasAgg(figure)
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

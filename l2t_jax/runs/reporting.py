@@ -18,6 +18,7 @@ from l2t_jax.losses.dln import Layer, surface
 from l2t_jax.runs import examples, finals, pictures, plots
 from l2t_jax.runs.records import Metrics, RunDirectory, load_arrays, write_json
 from l2t_jax.runs.setting import Entry, Setting, first_state
+from l2t_jax.runs.texts import ending, headline, name_of, shown
 from l2t_jax.runs.training import Outcome
 from l2t_jax.tasks import TASKS
 from l2t_jax.tasks.evaluation import evaluate
@@ -55,7 +56,7 @@ def report(
         draw(summary, directory.path, directory.plots_dir)
         lines = _illustrate(setting, entries, outcomes, directory)
         if not quiet:
-            _print(summary, setting.options.workdir, lines)
+            _print(summary, setting.options.workdir, lines, Metrics.read(directory.path / "observations.jsonl"))
     return summary
 
 
@@ -185,8 +186,16 @@ def draw(record: dict[str, Any], run: Path, folder: Path) -> None:
     }
     if norms:
         plots.norms(folder / "norms.png", norms, title=f"{what}: norms")
+    ends: list[tuple[str, Any]] = []
+    config = record["config"]
+    added = " (added to cross entropy)" if config["settings"]["residual"] else ""
     for snapshots in sorted((run / "snapshots").glob("l2t_dln*/seed_*")):  # other losses are not of two predictions
-        _draw_surfaces(record["config"], snapshots, folder)
+        method, seed = snapshots.parent.name, snapshots.name
+        if surfaces := surfaces_of(config, snapshots):
+            title = f"DLN{added}: {method}, {seed.replace('_', ' ')}"
+            plots.loss_surfaces(folder / f"surfaces_{method}_{seed}.png", surfaces, title=title)
+            ends = ends or [(f"what the DLN {'adds to cross entropy' if added else 'is'}", surfaces[-1][1])]
+    _draw_overview(folder, name_of(record), rows, observations, ends)
 
 
 def plot_curves(
@@ -240,7 +249,8 @@ def curves(rows: list[dict[str, Any]], name: str) -> plots.Curves:
     return gathered
 
 
-def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> None:
+def surfaces_of(config: dict[str, Any], snapshots: Path) -> list[tuple[str, Any]]:
+    """The DLN at the moments of a run that were kept: when, and its values [G, G]; none if the loss is another."""
     surfaces: list[tuple[str, Any]] = []
     paths = {int(path.stem.removeprefix("round_")): path for path in sorted(snapshots.glob("round_*.npz"))}
     rounds = max(1, config["rounds"])
@@ -251,7 +261,7 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
         share = {0: "start", rounds: "end"}.get(done, percentage)
         arrays = load_arrays(path)
         if "0/kernel" not in arrays:  # what another task teaches in the DLN's place
-            return
+            return []
         depth = sum(name.endswith("/kernel") for name in arrays)
         layers = [
             Layer(jnp.asarray(arrays[f"{i}/kernel"]), jnp.asarray(arrays[f"{i}/bias"]) if f"{i}/bias" in arrays else ())
@@ -259,13 +269,23 @@ def _draw_surfaces(config: dict[str, Any], snapshots: Path, folder: Path) -> Non
         ]
         compress = config["settings"].get("compress", 0.0)  # older records lack it
         surfaces.append((share, np.asarray(surface(layers, config["settings"]["squash"], SURFACE_POINTS, compress))))
-    added = " (added to cross entropy)" if config["settings"]["residual"] else ""
-    method, seed = snapshots.parent.name, snapshots.name
-    title = f"DLN{added}: {method}, {seed.replace('_', ' ')}"
-    plots.loss_surfaces(folder / f"surfaces_{method}_{seed}.png", surfaces, title=title)
+    return surfaces
 
 
-def _print(summary: dict[str, Any], workdir: str, lines: list[str]) -> None:
+def _draw_overview(
+    folder: Path, what: str, rows: list[dict[str, Any]], observations: list[dict[str, Any]], surfaces: list[Any]
+) -> None:
+    """One picture of what came out, for a slide."""
+    panels = {"validation accuracy": curves(rows, "validation_accuracy")} if rows else {}
+    if not any(panels.values()):
+        panels = {"validation error": curves(rows, "validation_error")}
+    panels[OBSERVED["memorised"]] = curves(observations, "memorised")
+    panels = {label: found for label, found in panels.items() if found}
+    if len(panels) + len(surfaces) > 1:
+        plots.overview(folder / "overview.png", panels, surfaces, title=what)
+
+
+def _print(summary: dict[str, Any], workdir: str, lines: list[str], observations: list[dict[str, Any]]) -> None:
     seeds = ", ".join(map(str, summary["seeds"]))
     table = Table(title=f"{name_of(summary)}, preset {summary['preset']}, seeds {seeds}")
     for column in ("method", headline(summary), "student steps", "wall time, s"):
@@ -286,59 +306,10 @@ def _print(summary: dict[str, Any], workdir: str, lines: list[str]) -> None:
             console.print(
                 f"{name}, seed {failed['seed']} did not finish: {failed['reason']}", highlight=False, soft_wrap=True
             )
+    for line in ending(summary, observations):
+        console.print(line, highlight=False, markup=False, soft_wrap=True)
     console.print(
-        f"Files: {workdir} (summary.json, metrics.jsonl, config.json, plots/, final/, checkpoints/)",
+        f"Files: {workdir} (plots/overview.png first; summary.json, metrics.jsonl, config.json, final/, checkpoints/)",
         highlight=False,
         soft_wrap=True,
     )
-
-
-def name_of(record: dict[str, Any]) -> str:
-    """What a record was measured on, `digits, mlp, flip2 40 %, long tail of 100`."""
-    config = record["config"]
-    noise, tail = noise_of(config), config.get("imbalance", 1.0)  # older records lack what was no choice then
-    told = [Path(record["dataset"]).name, record["student"], f"{noise} %" if noise else ""]
-    told.append(f"long tail of {tail:g}" if tail != 1 else "")
-    told.append("trained on the clean ones too" if config.get("train_on_clean") else "")
-    return ", ".join(filter(None, told))
-
-
-def noise_of(config: dict[str, Any]) -> str:
-    """Which labels are wrong, `flip2 40`, or "" where none is."""
-    noise = config["noise"]
-    return f"{noise['kind']} {100 * noise['ratio']:g}" if noise and noise["ratio"] else ""
-
-
-def headline(record: dict[str, Any], unit: str = ", ") -> str:
-    """What the score of a record is, `test accuracy, %`.
-
-    Args:
-      record: of a run.
-      unit: what stands before the metric's unit, if it has one.
-    """
-    metric, tested_on = record["metric"], "held-out" if record["config"].get("held_out") else "test"
-    return f"{tested_on} {metric['name']}" + (f"{unit}{metric['unit']}" if metric["unit"] else "")
-
-
-def points(metric: dict[str, Any]) -> float:
-    """By how much a score is multiplied to be shown in the metric's unit: percentages are of fractions."""
-    return 100.0 if metric["unit"] == "%" else 1.0
-
-
-def decimals(metric: dict[str, Any]) -> int:
-    """How many decimals of a score are shown."""
-    return 2 if metric["unit"] == "%" else 4
-
-
-def result(score: dict[str, Any], failed: int, metric: dict[str, Any]) -> str:
-    """`shown`, and how many seeds stopped early, if any did."""
-    return shown(score, metric) + (f" ({failed} stopped early)" if failed else "")
-
-
-def shown(score: dict[str, Any], metric: dict[str, Any]) -> str:
-    """Write statistics of a score in the metric's unit, `97.22 ± 0.23`."""
-    if score["mean"] is None:
-        return "-"
-    scale, places = points(metric), decimals(metric)
-    spread = "" if score["std"] is None else f" ± {scale * score['std']:.{places}f}"
-    return f"{scale * score['mean']:.{places}f}{spread}"

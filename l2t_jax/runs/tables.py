@@ -12,7 +12,7 @@ from scipy import stats
 
 from l2t_jax.runs import plots
 from l2t_jax.runs.published import Group
-from l2t_jax.runs.reporting import decimals, headline, noise_of, points, result, shown
+from l2t_jax.runs.texts import decimals, headline, noise_of, points, result, shown
 
 LEVEL = 0.05
 
@@ -232,6 +232,6 @@ def worth(record: Record) -> float:
 
 
 def group_of_record(record: Record) -> Group:
-    """What a record was measured on; `reporting.name_of` is the same for readers."""
+    """What a record was measured on; `texts.name_of` is the same for readers."""
     config = record["config"]
     return Group(record["dataset"], record["student"], noise_of(config), config.get("imbalance", 1.0))
