@@ -1,9 +1,9 @@
 """The hyper-parameter sheet of L2T-DLN: a column per preset, but for `cheap`.
 
 `paper` is Algorithm 1 to the letter. `released` is what the authors' code does; where the two differ the row says so.
-`residual` changes what makes the other two drift (see README) and nothing else; CE is cross entropy, and the last layer
-of its DLN begins at zero. `stable` is what teaching needed to pay where there is something to learn; its rows were
-chosen on held-out training examples of the digits and MNIST (docs/tuning.md). `cheap` is `stable` in a tenth to a
+`residual` changes what makes the other two drift (docs/study.md) and nothing else; CE is cross entropy, and the last
+layer of its DLN begins at zero. `stable` is what teaching needed to pay where there is something to learn; its rows
+were chosen on held-out training examples of the digits and MNIST (docs/tuning.md). `cheap` is `stable` in a tenth to a
 quarter of its seconds: an LSTM 8-1, and N = 5 for the first five of every 25 steps (docs/replication.md). Its rounds
 have as many student steps, and there are 60 epochs of them, as it can afford.
 

@@ -26,7 +26,9 @@ SUSPECTS = ROOT / "experiments" / "results" / "digits_flips_suspects.json"
 RECORDS.remove(SUSPECTS)
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-PAGES.remove(ROOT / "docs" / "learned_loss.md")  # which has a test of its own, and half of it needs PyTorch
+for name in ("learned_loss", "extending"):  # which have tests of their own; half of the former needs PyTorch
+    PAGES.remove(ROOT / "docs" / f"{name}.md")
+RESULTS_PAGE = (ROOT / "docs" / "results.md").read_text()
 
 
 @pytest.fixture
@@ -40,10 +42,14 @@ def registries():
         registry.update(entries)
 
 
+def blocks_of(text):
+    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+
+
 @pytest.mark.versions
 def test_python_examples_run(registries, tmp_path, monkeypatch):
-    blocks = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    assert len(blocks) >= 4
+    blocks = blocks_of(README)
+    assert len(blocks) == 3
     monkeypatch.chdir(tmp_path)  # where the files of a run without a workdir go
     x, y = load_digits(return_X_y=True)
     names = ("x", "x_clean", "x_test"), ("y", "y_clean", "y_test")
@@ -55,27 +61,53 @@ def test_python_examples_run(registries, tmp_path, monkeypatch):
         short = block.replace("rounds=200, seeds=3", 'rounds=2, seeds=1, teacher="adam"')
         exec(compile(short, "README.md", "exec"), namespace)
     assert namespace["result"].error > 0 and namespace["data"].meta == 200
-    # What the reader has added is known to the command line, and learns.
+    assert "brier" in methods.method_names()
+
+
+def test_readme_is_short():
+    """What is longer is for docs/."""
+    assert len(README.splitlines()) <= 130
+    prose = re.sub(r"```.*?```|^(    |\||!).*?$", "", README, flags=re.DOTALL | re.MULTILINE)
+    prose = re.sub(r"\[([^\]]*)\]\([^)]*\)|[*`]", r"\1", prose)
+    assert [part for part in re.split(r"[.:?]\s|\n\n|\n- ", prose) if len(part.split()) > 30] == []
+
+
+def test_the_table_of_readme_is_of_the_evidence():
+    """Some rows and columns of it, letter for letter."""
+    lines = (ROOT / "experiments" / "results" / "evidence" / "table.md").read_text().splitlines()
+    cells = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("| ")]
+    kept = {f"| {' | '.join([*row[:4], row[6], row[9]])} |" for row in cells}
+    rows = [line for line in README.partition("## Results")[2].splitlines() if line.startswith("| ")]
+    assert len(rows) == 7 and set(rows) <= kept
+
+
+@pytest.mark.versions
+def test_what_a_reader_adds_is_known_to_the_command_line(registries, tmp_path):
+    """And learns."""
+    namespace = {}
+    for block in blocks_of((ROOT / "docs" / "extending.md").read_text()):
+        exec(compile(block, "extending.md", "exec"), namespace)
     arguments = ("--method=brier,better_of_two", "--student=linear", "--seeds=1", "--rounds=20", "--unroll_length=10")
     with flagsaver.flagsaver(), pytest.raises(SystemExit) as stop:
         _flags.parse_arguments(["classification.py", *arguments, f"--workdir={tmp_path / 'run'}"])
         classification.main([])
     assert stop.value.code == 0
-    methods = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
-    assert all(methods[name]["score"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
+    found = json.loads((tmp_path / "run" / "summary.json").read_text())["methods"]
+    assert all(found[name]["score"]["mean"] > 0.8 for name in ("brier", "better_of_two"))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
-def test_python_examples_of_pages_run(page):
+def test_python_examples_of_pages_run(page, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     namespace = {}
-    for block in re.findall(r"```python\n(.*?)```", page.read_text(), re.DOTALL):
+    for block in blocks_of(page.read_text()):
         exec(compile(block, page.name, "exec"), namespace)
 
 
 @pytest.mark.parametrize("path", RECORDS, ids=lambda p: p.stem)
 def test_results_table_is_the_record(path):
     record = read_record(path)
-    (row,) = [line for line in README.splitlines() if line.startswith("|") and f"results/{path.name})" in line]
+    (row,) = [line for line in RESULTS_PAGE.splitlines() if line.startswith("|") and f"results/{path.name})" in line]
     cells = [cell.strip() for cell in row.strip("|").split("|")]
     names = ("l2t_dln", "l2t_dln_transfer", "cross_entropy")
     assert cells[1:4] == [shown(record["methods"][name]["score"], record["metric"]) for name in names]
@@ -89,13 +121,14 @@ def test_what_is_said_of_suspects_is_the_record():
     found = {name: method["suspects"] for name, method in record["methods"].items()}
     assert {entry["share"] for entry in found.values()} == {0.1} and record["config"]["noise"]["kind"] == "flip2"
     assert found["l2t_dln"]["precision"] == found["meta_weight_net"]["precision"] == 1
-    assert f"{100 * found['cross_entropy']['precision']:.0f} % under cross entropy" in README.replace("\n", " ")
+    page = (ROOT / "docs" / "own_data.md").read_text().replace("\n", " ")
+    assert f"{100 * found['cross_entropy']['precision']:.0f} % under cross entropy" in page
     assert record["environment"]["git"]["dirty"] is False
 
 
 @pytest.mark.parametrize("folder", TABLES, ids=lambda p: p.name)
 def test_comparison_tables_are_their_records(folder):
-    """table.md is what its records say, they are of clean commits, and README's excerpt is taken from them."""
+    """table.md is what its records say, they are of clean commits, and the excerpt in docs is taken from them."""
     records = [read_record(path) for path in sorted((folder / "records").glob("*.json"))]
     kind = folder.name.removeprefix("compare_")
     table = compare.table(records, f"{kind} labels")
@@ -103,9 +136,10 @@ def test_comparison_tables_are_their_records(folder):
     for record in records:
         assert record["environment"]["git"]["dirty"] is False
         assert record["command"].startswith(f"python -m experiments.compare --table={kind} ")
-    (heading,) = [line for line in README.splitlines() if line.startswith("| ") and f"{folder.name}/table.md)" in line]
+    lines = RESULTS_PAGE.splitlines()
+    (heading,) = [line for line in lines if line.startswith("| ") and f"{folder.name}/table.md)" in line]
     setups = [cell.strip() for cell in heading.strip("|").split("|")][1:]
-    lines = README.splitlines()[README.splitlines().index(heading) + 2 :]
+    lines = lines[lines.index(heading) + 2 :]
     for line in lines[: lines.index("")]:
         method, *cells = [cell.strip() for cell in line.strip("|").split("|")]
         for setup, cell in zip(setups, cells, strict=True):
@@ -115,18 +149,17 @@ def test_comparison_tables_are_their_records(folder):
 
 
 @pytest.mark.parametrize("dataset", ["digits", "mnist"])
-@pytest.mark.parametrize("kind, pages", [("", (README, "tuning.md")), ("_cheap", ("replication.md",))])
-def test_replication_tables_are_their_records(dataset, kind, pages):
-    """table.md is what its records say, and so are the rows of README and docs; of the cheap ones those of L2T-DLN."""
+@pytest.mark.parametrize("kind, page", [("", "tuning.md"), ("_cheap", "replication.md")])
+def test_replication_tables_are_their_records(dataset, kind, page):
+    """table.md is what its records say, and so are the rows of a page; of the cheap ones those of L2T-DLN."""
     folder = ROOT / "experiments" / "results" / f"replication_{dataset}{kind}"
     given = {"dataset": dataset, "student": "mlp", "rounds": None}
     stable = {"preset": "stable", "settings": PRESETS["stable"], "teacher": "lstm", "methods": ("l2t_dln",)}
     table = replication.table(Config(**given, **stable, memory="auto", seeds=(0,)), records_in(folder))
     assert (folder / "table.md").read_text() == tables.markdown(table)
     columns = [{row.name: row for row in section.rows} for section in table.sections]
-    for page in pages:
-        text = (ROOT / "docs" / page).read_text() if page.endswith(".md") else page
-        for name in {name for rows in columns for name in rows if not kind or name.startswith("L2T")}:
-            cells = [shown(rows[name].score, ACCURACY) if name in rows else "" for rows in columns]
-            told = f"{'MNIST' if dataset == 'mnist' else dataset}, {name.removeprefix('L2T-DLN, ')}" if kind else name
-            assert f"| {told.replace('_', ' ')} | {' | '.join(cells)} |" in text
+    text = (ROOT / "docs" / page).read_text()
+    for name in {name for rows in columns for name in rows if not kind or name.startswith("L2T")}:
+        cells = [shown(rows[name].score, ACCURACY) if name in rows else "" for rows in columns]
+        told = f"{'MNIST' if dataset == 'mnist' else dataset}, {name.removeprefix('L2T-DLN, ')}" if kind else name
+        assert f"| {told.replace('_', ' ')} | {' | '.join(cells)} |" in text

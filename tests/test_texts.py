@@ -25,9 +25,7 @@ def record(metric=ACCURACY, **methods):
 
 def test_the_best_stands_beside_the_fixed_loss():
     """A frozen teacher costs its training too."""
-    run = record(
-        l2t_dln=((0.90, 0.94), 20.0), l2t_dln_transfer=((0.96, 0.97), 10.0), cross_entropy=((0.70, 0.72), 3.0)
-    )
+    run = record(l2t_dln=((0.90, 0.94), 20.0), l2t_dln_transfer=((0.96, 0.97), 10.0), cross_entropy=((0.70, 0.72), 3.0))
     rows = [
         {"method": method, "seed": seed, "memorised": share}
         for method, shares in {"cross_entropy": (0.1, 0.3), "l2t_dln_transfer": (0.4, 0.02)}.items()

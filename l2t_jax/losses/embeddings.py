@@ -305,8 +305,9 @@ def triplet_mixture(*, margin: float = 0.2, negatives: str = SEMIHARD) -> Loss:
 def margin_mixture(*, margin: float = 0.2, beta: float = 1.2, negatives: str = "distance") -> Loss:
     """Build ALA's distance mixture in the margin loss: F(d) in place of d. It begins as the margin loss.
 
-    Args: as in `margin`; beta is fixed: a hinge has no hypergradient of it, and a larger F does what a smaller
-      one would.
+    Args:
+      margin, negatives: as in `margin`.
+      beta: likewise, but fixed: a hinge has no hypergradient of it, and a larger F does what a smaller one would.
     Raises:
       ValueError: a knob is out of range.
     Source: ALA (ICML 2019), margin and mixture; see `triplet_mixture`.
