@@ -420,7 +420,14 @@ def given_settings() -> dict[str, Any]:
 
 
 def set_defaults(**defaults: Any) -> None:
-    """Give shared flags the values that a table has for them where the user gave none.
+    """Give shared flags the values that a module has for them where the user gave none."""
+    for name, value in defaults.items():
+        if not FLAGS[name].present:
+            setattr(FLAGS, name, value)
+
+
+def set_table_defaults(**defaults: Any) -> None:
+    """`set_defaults` of a module that fills a table.
 
     Raises:
       UsageError: a flag was given that is for single runs.
@@ -431,6 +438,4 @@ def set_defaults(**defaults: Any) -> None:
         raise UsageError("--rounds=0 scores students as they begin, in single runs: give at least 1 for a table.")
     if FLAGS.coordinator is not None:
         raise UsageError("a table is filled by one process: leave --coordinator out, or run its cells one by one.")
-    for name, value in defaults.items():
-        if not FLAGS[name].present:
-            setattr(FLAGS, name, value)
+    set_defaults(**defaults)

@@ -106,7 +106,7 @@ def _prepare() -> Noise | None:
     chosen = _table_flag.table(ABLATIONS)
     methods = (ONLINE, _flags.spec().baseline)
     refuse("method", f"{' and '.join(methods)} here, which are compared: leave it out.")
-    _flags.set_defaults(method=",".join(methods), seeds="5", workdir=f"runs/ablation_{chosen}")
+    _flags.set_table_defaults(method=",".join(methods), seeds="5", workdir=f"runs/ablation_{chosen}")
     return _labels.noise()
 
 

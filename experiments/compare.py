@@ -56,7 +56,7 @@ def _prepare() -> Noise | None:
             raise UsageError(f"--table={FLAGS.table} and --labels both say what labels there are: give one of them.")
         chosen = "given"
     methods = ",".join(method_names(view=LOSSES[_flags.spec().baseline]().reads))
-    _flags.set_defaults(method=methods, seeds="5", workdir=f"runs/compare_{chosen}")
+    _flags.set_table_defaults(method=methods, seeds="5", workdir=f"runs/compare_{chosen}")
     return _noise.of_labels(chosen)
 
 

@@ -1,8 +1,9 @@
-"""Teach one LSTM teacher on many short lives of students, drawn at random.
+r"""Teach one LSTM teacher on many short lives of students, drawn at random.
 
   python -m experiments.many_lives
   python -m experiments.many_lives --data_dir=DIR --windows=3000 --workdir=runs/teacher
-  python -m experiments.noisy_labels --method=l2t_dln --set=units=8,dln_lr=0.03 --teacher_from=runs/teacher/teacher.npz
+  python -m experiments.noisy_labels --method=l2t_dln --preset=stable --set=units=8,dln_lr=0.03 \
+    --teacher_from=runs/teacher/teacher.npz
 
 A life has its own classes (2 to 20, of the digits, of mixtures of Gaussians, of MNIST with --data_dir), student, rate
 and length, kind and share of wrong labels (none to 70 %), and number of clean examples. The teacher lives through

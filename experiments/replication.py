@@ -72,7 +72,7 @@ def _prepare() -> None:
     dataset, student = _flags.given("dataset"), _flags.given("student")
     if (asked := f"--dataset={dataset} --student={student}") not in known:
         raise UsageError(f"{asked}: nothing was tuned for it; choose one of {', '.join(known)}.")
-    _flags.set_defaults(seeds="5", workdir=f"runs/replication_{dataset}")
+    _flags.set_table_defaults(seeds="5", workdir=f"runs/replication_{dataset}")
 
 
 def fill(config: Config, options: Options) -> int:

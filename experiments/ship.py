@@ -1,6 +1,6 @@
 """Make a trained LSTM teacher of L2T-DLN part of the package, with its card.
 
-  python -m experiments.noisy_labels --method=l2t_dln --held_out=0.2 --seeds=3 --workdir=runs/mine
+  python -m experiments.noisy_labels --preset=stable --method=l2t_dln --held_out=0.2 --seeds=3 --workdir=runs/mine
   python -m experiments.ship --run=runs/mine --name=mine
 
 Of the run's seeds it takes the teacher whose frozen copy taught a fresh student best, by the accuracy on training

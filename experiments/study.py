@@ -40,7 +40,7 @@ for module in (_labels, _flags, _noise):
 def _prepare() -> Noise | None:
     refuse("preset", "one of several here: give --presets.")
     refuse("method", "l2t_dln here, whose parts are looked at: leave it out.")
-    _flags.set_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{_labels.kind()}")
+    _flags.set_table_defaults(method="l2t_dln", held_out=0.2, workdir=f"runs/study_{_labels.kind()}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 leaves no examples that no run has seen: hold out a part of training.")
     return _labels.noise()

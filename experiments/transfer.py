@@ -36,7 +36,7 @@ def _prepare() -> Noise | None:
     _groups.refuse_single()
     for name in ("method", "teacher"):
         refuse(name, "what the table goes over: leave it out.")
-    _flags.set_defaults(seeds="5", workdir=f"runs/transfer_{_labels.kind()}")
+    _flags.set_table_defaults(seeds="5", workdir=f"runs/transfer_{_labels.kind()}")
     return _labels.noise()
 
 

@@ -35,7 +35,7 @@ Grid = list[dict[str, Any]]  # settings of each combination
 
 
 def _prepare() -> Noise | None:
-    _flags.set_defaults(held_out=0.2, workdir=f"runs/tune_{_labels.kind()}")
+    _flags.set_table_defaults(held_out=0.2, workdir=f"runs/tune_{_labels.kind()}")
     if not FLAGS.held_out:
         raise UsageError("--held_out=0 would choose settings on the test set: hold out a part of training.")
     return _labels.noise()

@@ -1,4 +1,4 @@
-"""What is teaching worth on these data? Methods with rates of their own, at equal steps and at equal seconds.
+r"""What is teaching worth on these data? Methods with rates of their own, at equal steps and at equal seconds.
 
   python -m experiments.worth --noise=flip2 --noise_ratio=0.4
   python -m experiments.worth --dataset=mine.npz --student=mlp --rounds=144
@@ -81,7 +81,7 @@ def _prepare() -> Noise | None:
     parse_numbers("rates", FLAGS.rates)
     parse_numbers("shorter", FLAGS.shorter)
     methods = ",".join(dict.fromkeys(way.method for way in WAYS))
-    _flags.set_defaults(method=methods, seeds="3", workdir=f"runs/worth_{Path(_flags.given('dataset')).stem}")
+    _flags.set_table_defaults(method=methods, seeds="3", workdir=f"runs/worth_{Path(_flags.given('dataset')).stem}")
     return _noise.from_flags()
 
 
