@@ -12,7 +12,8 @@ with each of --rates as the student's learning rate, on one seed, and judged on 
 examples, which have right labels where these are known. Then it is trained with the best of them on all training
 examples, for all --seeds, for --rounds and for each of --shorter; the test set is read once for each. A cell that is
 done is kept: give the same command again after an interruption, or with more methods. Writes records/ (a JSON file a
-cell), table.md and seconds.png to --workdir (default runs/worth_DATASET).
+cell), table.md and seconds.png to --workdir (default runs/worth_DATASET). Where it is known which labels are wrong,
+curves.png shows what became of them in the longest runs.
 """
 
 import dataclasses
@@ -26,8 +27,10 @@ from experiments import _flags, _noise
 from experiments._command import command, start
 from l2t_jax.presets import Preset
 from l2t_jax.runs import plots, tables
-from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, run_cells
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, record_path, run_cells
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.records import Metrics, read_record
+from l2t_jax.runs.reporting import OBSERVED, curves
 from l2t_jax.runs.setting import build_plan
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
 from l2t_jax.runs.texts import headline, name_of, points, shown
@@ -107,7 +110,10 @@ def fill(config: Config, options: Options) -> int:
     root = Path(options.workdir)
     every = reached(config, ways, best, lengths, found)
     draw(root / "seconds.png", every)
-    tables.write(root, table_of(every), "seconds.png", "records/")
+    pictures = ["seconds.png"]
+    if draw_curves(root, {way.name: final_cell(config, way, best[way.name], whole) for way in ways}):
+        pictures.append("curves.png")
+    tables.write(root, table_of(every), *pictures, "records/")
     return code | failed
 
 
@@ -248,6 +254,21 @@ def draw(path: Path, every: list[Reached]) -> None:
         for one in every
     }
     plots.reached(path, lines, xlabel="seconds a seed", ylabel=headline(record), title=_data(record))
+
+
+def draw_curves(root: Path, cells: dict[str, Cell]) -> bool:
+    """Draw what became of the wrong labels in the longest runs; False where that is not known or no longer there."""
+    panels: dict[str, plots.Curves] = {OBSERVED[name]: {} for name in ("memorised", "recovered")}
+    for way, cell in cells.items():
+        rows = Metrics.read(root / "cells" / cell.name / "observations.jsonl")
+        for name in ("memorised", "recovered"):
+            for method, curve in curves(rows, name).items():
+                panels[OBSERVED[name]][way + PROTOCOLS.get(method, "")] = curve
+    if not all(panels.values()):
+        return False
+    (record, *_) = (read_record(record_path(root, cell.name)) for cell in cells.values())
+    plots.overview(root / "curves.png", panels, (), title=_data(record))
+    return True
 
 
 def _data(record: Record) -> str:

@@ -10,6 +10,7 @@ from launching import launch
 
 from experiments import noisy_labels, tfidf, worth
 from l2t_jax.presets import PRESETS
+from l2t_jax.runs.cells import Cell
 from l2t_jax.runs.config import Config
 from l2t_jax.runs.tables import Row
 from l2t_jax.types import Metric
@@ -48,7 +49,20 @@ def test_the_table_and_the_picture(run):
     for name in ("cross entropy", "cross entropy + clean", "meta only"):
         assert text.count(f"| {name} | ") == 2  # once for steps, once for seconds
     assert "## Equal steps: 8" in text and "100 examples are known to be clean" in text
-    assert (workdir / "seconds.png").stat().st_size > 10_000
+    assert all((workdir / name).stat().st_size > 10_000 for name in ("seconds.png", "curves.png"))
+
+
+def test_curves_are_of_the_longest_runs(run, tmp_path, monkeypatch):
+    """Of every row; none where the files of the cells are gone."""
+    workdir, _ = run
+    drawn = []
+    monkeypatch.setattr(worth.plots, "overview", lambda path, panels, *_, **__: drawn.append(panels))
+    names = ("final_digits_mlp_flip240_cross_entropy", "final_digits_mlp_flip240_meta_only")
+    cells = {name: Cell(f"{name}_4", name, None) for name in names}
+    assert worth.draw_curves(workdir, cells) and not worth.draw_curves(tmp_path, cells)
+    (panels,) = drawn
+    assert len(panels) == 2 and all(list(found) == list(names) for found in panels.values())
+    assert all(steps[-1] == 8 and values.shape[0] == 2 for found in panels.values() for steps, values in found.values())
 
 
 def one(name, seconds, *means):
