@@ -34,7 +34,8 @@ from benchmarks.cost_report import exponents, plot, table_of, table_of_exponents
 from benchmarks.workloads import WORKLOADS, Problem, problem
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.memory import MEMORY_MODES, choose, device_bytes, kept_bytes
-from l2t_jax.runs.records import environment, load_arrays, save_arrays, write_json
+from l2t_jax.runs.environment import environment
+from l2t_jax.runs.records import load_arrays, save_arrays, write_json
 from l2t_jax.unroll import plain_gradient, student_step, unroll
 
 MODES = [mode for mode in MEMORY_MODES if mode != "auto"]

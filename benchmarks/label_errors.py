@@ -30,7 +30,8 @@ from l2t_jax.data import DataError, Dataset
 from l2t_jax.data.files import read_labels
 from l2t_jax.data.noise import with_noise
 from l2t_jax.runs.api import Result, train
-from l2t_jax.runs.records import environment, write_json
+from l2t_jax.runs.environment import environment
+from l2t_jax.runs.records import write_json
 from l2t_jax.tasks import load
 from l2t_jax.tasks.own import with_labels
 

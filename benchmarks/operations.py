@@ -31,7 +31,8 @@ from benchmarks.command import parse
 from benchmarks.workloads import BATCH, WORKLOADS, Problem, problem
 from l2t_jax.convolution import conv_input_p, conv_kernel_p, conv_p
 from l2t_jax.hypergradient import hypergradient
-from l2t_jax.runs.records import environment, write_json
+from l2t_jax.runs.environment import environment
+from l2t_jax.runs.records import write_json
 from l2t_jax.second_order import mixed_gradient
 from l2t_jax.types import PyTree, StudentState
 from l2t_jax.unroll import plain_gradient, student_step, unroll

@@ -32,8 +32,9 @@ from l2t_jax.data.images import objects
 from l2t_jax.losses import build_loss
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs.config import Config, Options
+from l2t_jax.runs.environment import environment
 from l2t_jax.runs.parallel import ONE
-from l2t_jax.runs.records import environment, write_json
+from l2t_jax.runs.records import write_json
 from l2t_jax.runs.setting import build_setting, first_state
 from l2t_jax.runs.streaming import Stream
 from l2t_jax.runs.training import STREAMED_ROUNDS, _dispatch, compile_rounds

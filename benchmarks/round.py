@@ -27,8 +27,9 @@ from benchmarks.workloads import WORKLOADS, problem, teaching
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.memory import MEMORY_MODES, device_bytes
 from l2t_jax.methods.l2t_dln import STAGES
+from l2t_jax.runs.environment import environment
 from l2t_jax.runs.parallel import Dispatch
-from l2t_jax.runs.records import environment, write_json
+from l2t_jax.runs.records import write_json
 from l2t_jax.runs.training import MOST_ROUNDS, some_rounds
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import MethodState, PyTree, Teacher

@@ -24,8 +24,9 @@ from rich.table import Table
 
 from benchmarks.command import fail, parse
 from benchmarks.workloads import WORKLOADS, Teaching, teaching
+from l2t_jax.runs.environment import environment
 from l2t_jax.runs.parallel import AXIS, ONE, Layout, ParallelError, check, start
-from l2t_jax.runs.records import environment, write_json
+from l2t_jax.runs.records import write_json
 from l2t_jax.runs.training import MOST_ROUNDS, compile_rounds, some_rounds
 
 BATCH, VALIDATION = 24, 96  # which 2, 3, 4, 6 and 8 devices can share

@@ -37,8 +37,9 @@ from l2t_jax.methods.parts import dln_arguments, teacher_arguments
 from l2t_jax.presets import STABLE, Preset
 from l2t_jax.runs import plots
 from l2t_jax.runs.config import UsageError
+from l2t_jax.runs.environment import environment
 from l2t_jax.runs.lives import KINDS, RATES, Trainer, name_of
-from l2t_jax.runs.records import Metrics, environment, load_arrays, save_arrays, write_json
+from l2t_jax.runs.records import Metrics, load_arrays, save_arrays, write_json
 from l2t_jax.runs.setting import enable_compilation_cache
 from l2t_jax.teachers import build_teacher
 from l2t_jax.teachers.trained import fill

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 _FROM_DATA = ("Dataset",)
 _OWN = ("from_arrays", "from_csv", "from_folder", "from_npz")
 _API = ("Result", "train")

@@ -386,6 +386,7 @@ def pixels_flags():
     flagsaver.restore_flag_values(saved, pixels_cost.FLAGS)
 
 
+@pytest.mark.results
 def test_the_findings_are_what_the_records_say():
     """The tables of benchmarks/README.md, line by line."""
     folder = Path(__file__).parents[1] / "benchmarks"

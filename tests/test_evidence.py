@@ -10,6 +10,8 @@ from experiments import evidence
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.tables import p_value
 
+pytestmark = pytest.mark.results
+
 DIGITS = evidence.PLACES[2]
 RECORDS = "replication_digits/records"
 

@@ -14,11 +14,11 @@ from launching import Child, execute, until
 
 import l2t_jax
 from l2t_jax.runs import records
+from l2t_jax.runs.environment import environment
 from l2t_jax.runs.records import (
     Metrics,
     RunDirectory,
     WorkdirError,
-    environment,
     load_arrays,
     open_run,
     read_record,

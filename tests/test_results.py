@@ -18,6 +18,8 @@ from l2t_jax.runs.records import read_record
 from l2t_jax.runs.texts import shown
 from l2t_jax.types import Metric
 
+pytestmark = pytest.mark.results
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("docs", "experiments", "benchmarks", "l2t_jax", "tests")  # not runs/, which is of no commit
 FILES = [path for folder in FOLDERS for path in sorted((ROOT / folder).rglob("*"))]
@@ -60,12 +62,12 @@ def test_names_have_no_spaces():
     assert cell_name("digits_mlp", "", "as it is", 0.1) == "digits_mlp_as_it_is_0.1"
 
 
-@pytest.mark.parametrize("table", TABLES, ids=name)
+@pytest.mark.parametrize("table", [name(path) for path in TABLES])
 def test_records_of_a_table_name_its_environments(table):
     """Each cell names one of environments.json, where nothing is that no cell names."""
-    paths = sorted((table / "records").glob("*.json"))
+    paths = sorted((ROOT / table / "records").glob("*.json"))
     keys = {json.loads(path.read_text())["environment"] for path in paths}
-    assert keys == json.loads((table / "environments.json").read_text()).keys()
+    assert keys == json.loads((ROOT / table / "environments.json").read_text()).keys()
     assert all({"versions", "git", "hardware"} == read_record(path)["environment"].keys() for path in paths)
 
 

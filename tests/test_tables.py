@@ -141,6 +141,7 @@ def committed(name):
     return (RESULTS / name / "table.md").read_text()
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("name", ["4", "5", "6", "lr", "options", "cost"])
 def test_ablations_are_their_records(name):
     ablation, records = ablations.ABLATIONS[name], records_in(RESULTS / f"ablation_{name}")
@@ -150,12 +151,14 @@ def test_ablations_are_their_records(name):
     assert tables.markdown(ablations.table(ablation, found)) == committed(f"ablation_{name}")
 
 
+@pytest.mark.results
 @pytest.mark.parametrize("name", ["digits", "mnist", "mnist_one_seed"])
 def test_trials_are_their_records(name):
     records = list(records_in(RESULTS / "tuning" / name).values())
     assert tables.markdown(tune.table(records)) == committed(f"tuning/{name}")
 
 
+@pytest.mark.results
 @pytest.mark.parametrize(
     ("dataset", "noise", "name"),
     [("digits", FLIPS, "digits_flips"), ("digits", UNIFORM, "digits_uniform"), ("mnist", FLIPS, "mnist_flips")],

@@ -7,23 +7,19 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import shlex
-import subprocess
 import sys
 import zipfile
 from collections.abc import Callable, Iterator
-from importlib import metadata
 from pathlib import Path
 from typing import IO, Any
 
 import jax
 import numpy as np
 
-import l2t_jax
+from l2t_jax.runs.environment import environment
 from l2t_jax.types import Metric, PyTree
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 _locks: dict[Path, IO[str]] = {}  # held for the life of the process, so that a crash in a notebook can be resumed there
 
 
@@ -200,17 +196,6 @@ def open_run(path: str | Path, config: dict[str, Any], resume: bool, command: st
     return run
 
 
-def environment() -> dict[str, Any]:
-    """Versions, the commit of the source tree (None where there is none) and the hardware. Never an error."""
-    versions: dict[str, str | None] = {"python": platform.python_version(), "l2t_jax": l2t_jax.__version__}
-    for name in _PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = None
-    return {"versions": versions, "git": _git(), "hardware": _hardware()}
-
-
 def require_tensorboard() -> None:
     """Raise ImportError, with what to install, where tensorboardX is absent: before a run, not in the midst of it."""
     if importlib.util.find_spec("tensorboardX") is None:
@@ -380,46 +365,3 @@ def _differences(there: Any, asked: Any, field: str = "") -> Iterator[str]:
 
 def _brief(config: dict[str, Any], name: str) -> str:
     return json.dumps(config[name])[:80] if name in config else "absent"
-
-
-def _git() -> dict[str, Any] | None:
-    """Commit of the tree this package is tracked in; dirty if any Python file of it is changed or new."""
-    try:
-        _git_output(
-            "ls-files", "--error-unmatch", "__init__.py"
-        )  # else the repository is a stranger around an installation
-        dirty = bool(_git_output("status", "--porcelain", "--untracked-files=all", "--", ":/*.py"))
-        return {"commit": _git_output("rev-parse", "HEAD"), "dirty": dirty}
-    except (OSError, subprocess.SubprocessError):
-        return None
-
-
-def _git_output(*arguments: str) -> str:
-    command = ["git", "--no-optional-locks", "-C", str(Path(__file__).parent), *arguments]
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=10).stdout.strip()
-
-
-def _hardware() -> dict[str, Any]:
-    return {
-        "platform": platform.platform(),
-        "cpu": _cpu_model(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "memory_bytes": _memory(),
-        "backend": jax.default_backend(),
-        "devices": [device.device_kind for device in jax.devices()],
-    }
-
-
-def _cpu_model() -> str:
-    with contextlib.suppress(OSError, UnicodeDecodeError):
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
-
-
-def _memory() -> int | None:
-    try:
-        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    except (OSError, ValueError, AttributeError):
-        return None
