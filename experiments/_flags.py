@@ -157,7 +157,8 @@ flags.DEFINE_integer(
 flags.DEFINE_integer(
     "rounds",
     None,
-    "Rounds in all, instead of --epochs; each updates the teacher once. 0 scores the students as they begin.",
+    "Rounds in all, instead of --epochs; each updates the teacher once. 0 scores the students as they begin. With "
+    "--resume there may be more than the run had, where nothing is laid out over its length (constant schedules).",
     lower_bound=0,
 )
 flags.DEFINE_integer(
@@ -232,7 +233,12 @@ flags.DEFINE_string(
     f"({_choices(shipped()) or 'none yet'}), or FILE.npz, of experiments.many_lives.",
 )
 flags.DEFINE_string("workdir", None, "Where the files go. Default: runs/EXPERIMENT_DATASET_TIME.")
-flags.DEFINE_bool("resume", False, "Go on with the run that --workdir holds, bit for bit.")
+flags.DEFINE_bool(
+    "resume",
+    False,
+    "Go on with the run that --workdir holds, bit for bit. --rounds, --seeds and --method may say more than before. "
+    "What is done is kept, but a trained teacher that learns on teaches its fresh student (transfer) anew.",
+)
 flags.DEFINE_float(
     "checkpoint_seconds", 20.0, "Seconds between checkpoints; 0 saves after every dispatch.", lower_bound=0
 )

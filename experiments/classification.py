@@ -7,6 +7,7 @@ With no flags: L2T-DLN and cross entropy on the embedded UCI digits, 3 seeds, ab
   python -m experiments.classification --method=l2t_dlf,ala,slf,meta_weight_net,large_margin_softmax,cross_entropy
   python -m experiments.classification --preset=released --rounds=100 --workdir=runs/mine
   python -m experiments.classification --preset=released --rounds=100 --workdir=runs/mine --resume
+  python -m experiments.classification --preset=released --rounds=200 --workdir=runs/mine --resume --seeds=5
 
 Writes config.json, metrics.jsonl (a line a round), summary.json, plots/ and checkpoints/ to --workdir.
 """

@@ -231,3 +231,5 @@ class Method(NamedTuple):
     # student, the norm of its loss's derivative with respect to the student's outputs (the features of a `Head`);
     # None where a method does not say, and then no record of it is kept
     pull: Callable[[MethodState, Batch, Batch], Array] | None = None
+    # what of it depends on how long the run is planned, as words; "": nothing, so that a run may go on for longer
+    of_length: str = ""

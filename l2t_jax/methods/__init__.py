@@ -6,6 +6,7 @@ A new method is one file here and one line in METHODS. A loss that needs no teac
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import optax
 
 from l2t_jax.losses import LOSSES, build_loss, fixed_losses
@@ -43,11 +44,13 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         raise ValueError(
             f"its loss is differentiated in reverse alone: give memory=save, remat or auto, not {parts.how['memory']}."
         )
+    if not isinstance(teacher, Teacher):
+        teacher = build_teacher(**teacher_arguments(teacher, settings))
     method = l2t_dln(
         parts.student,
         parts.task,
         loss,
-        teacher if isinstance(teacher, Teacher) else build_teacher(**teacher_arguments(teacher, settings)),
+        teacher,
         parts.optimizer,
         build_teacher_optimizer(settings, parts.plan.rounds),
         second_stage=settings.second_stage,
@@ -57,6 +60,9 @@ def _l2t_dln(parts: Parts, learn: bool) -> Method:
         learn=learn,
         **parts.shared,
     )
+    learns = learn and jax.tree.leaves(jax.eval_shape(teacher.init, jax.random.key(0)))
+    if learns and settings.teacher_schedule != "constant":
+        method = method._replace(of_length=f"teacher_schedule={settings.teacher_schedule}")
     return over_lives(method, parts.plan.rounds) if settings.lives > 1 and learn else method
 
 
@@ -235,6 +241,21 @@ KNOBS: dict[str, Callable[..., Any]] = {
     "mentornet_data_driven": mentornet,
     **{name: LOSSES[name] for name in (*fixed_losses(), *SIGNALS)},
 }
+
+
+def knobs_read(name: str, parts: Parts) -> set[str]:
+    """Whose knobs a method reads: its own, and those of a loss that it takes over.
+
+    Args:
+      name: one of `method_names`.
+      parts: what it is composed of.
+    """
+    of = {name, {"bilinear": "l2t_dlf", "adalfl": "ml3"}.get(name, name)}
+    if name in ("early_stopped", "meta_only"):
+        of.add(parts.baseline)
+    if name in ("l2t_dln", "ala") and isinstance(parts.loss, str):
+        of.add(parts.loss)
+    return of
 
 
 # Which give each example a weight of their own, or a plain mean: weights of examples would be lost without a word.

@@ -270,7 +270,8 @@ def ala(
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         return pull_of(student, task, loss, state.student.variables, state.loss, batch)
 
-    return Method(init=init, round=round, stages=window, steps_per_round=window, pull=pull)
+    of_length = "the feature t / T"
+    return Method(init=init, round=round, stages=window, steps_per_round=window, pull=pull, of_length=of_length)
 
 
 def _window(

@@ -200,7 +200,7 @@ def over_lives(method: Method, rounds: int) -> Method:
         state, metrics = method.round(lax.cond(over, begin_anew, lambda: going_on), batches)
         return state._replace(carried=Life(state.carried, life.key, life.rounds + 1)), metrics
 
-    return method._replace(init=init, round=round)
+    return method._replace(init=init, round=round, of_length="the lives")
 
 
 def merge_rounds(method: Method, rounds: int) -> Method:

@@ -66,4 +66,5 @@ def early_stopped(method: Method, *, rounds: int, rounds_per_pass: int) -> Metho
         assert method.pull is not None
         return method.pull(state._replace(carried=state.carried.carried), batch, validation)
 
-    return method._replace(init=init, round=round, pull=pull if method.pull else None)
+    pulls = pull if method.pull else None
+    return method._replace(init=init, round=round, pull=pulls, of_length="the last round")

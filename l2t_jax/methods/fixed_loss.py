@@ -60,7 +60,8 @@ def fixed_loss(
 
     def at(phi: PyTree, count: Array) -> PyTree:
         constant = loss.learned == "no"  # then what init gives is no state of the run
-        return loss.at(loss.init(jax.random.key(0)) if constant else phi, count / (steps or 1))
+        params = loss.init(jax.random.key(0)) if constant else phi
+        return params if loss.at is unscheduled else loss.at(params, count / (steps or 1))
 
     def joined(theta: PyTree, phi: PyTree) -> PyTree:  # what the student's optimizer updates
         return {"student": theta, "loss": phi} if beside else theta
@@ -111,4 +112,5 @@ def fixed_loss(
     def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
         return pull_of(student, task, loss, state.student.variables, at(state.loss, state.carried["steps"]), batch)
 
-    return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull)
+    of_length = "" if loss.at is unscheduled else "the schedule"
+    return Method(init=init, round=round, stages=stages, steps_per_round=stages, pull=pull, of_length=of_length)

@@ -208,7 +208,7 @@ def l2t_dlf(
         phi = coefficients_at(state.teacher, running)
         return pull_of(student, task, loss, state.student.variables, phi, batch)
 
-    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
+    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull, of_length="the feature t / T")
 
 
 def _check(life: str, measure: str, **sizes: int) -> None:

@@ -183,7 +183,7 @@ def mentornet(
         weights = jnp.where(epoch < burning, 1, weigh(state.loss, losses, moving, epoch, None)[0])
         return pull_of_errors(student, task, variables, batch, weights)
 
-    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
+    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull, of_length="the curriculum")
 
 
 def percentile_of(losses: Array, share: float, axis_name: str | None = None) -> Array:

@@ -127,7 +127,7 @@ def slf(
         phi = {"weights": weights, "params": pool_at(state)}
         return pull_of(student, task, loss, state.student.variables, phi, batch)
 
-    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull)
+    return Method(init=init, round=round, stages=1, steps_per_round=1, pull=pull, of_length="the temperature")
 
 
 def mixture(losses: Sequence[Loss]) -> Loss:

@@ -145,7 +145,7 @@ def train(
       task_knobs: keywords of the task's builder, e.g. {"crop": 193}.
       knobs: of a method, a loss or the student's optimizer, e.g. {"meta_weight_net.lr": 0.01, "sgd.momentum": 0.9}.
       workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
-      resume: go on with the run that is there.
+      resume: go on with the run that is there, which may be of fewer rounds and seeds; objects must be those it had.
       **settings: rows of the sheet, e.g. student_lr=0.1, unroll_length=10, and validation_ratio.
     Returns:
       a `Result`.

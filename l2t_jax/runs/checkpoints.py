@@ -141,6 +141,13 @@ class Checkpoints:
         leaves = [_like(good.state[path], leaf) for path, leaf in _leaves(like).items()]
         return good._replace(state=jax.tree.unflatten(jax.tree.structure(like), leaves), skipped=skipped)
 
+    def clear(self) -> None:
+        """Remove every step, so that a run begins anew."""
+        for step in self._steps():
+            shutil.rmtree(self.directory / str(step))
+        with _quiet():
+            self._manager.reload()
+
     def close(self) -> None:
         """Release what orbax holds; nothing can be saved or restored afterwards."""
         with _quiet():

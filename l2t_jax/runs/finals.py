@@ -93,8 +93,10 @@ def build(described: dict[str, Any], classes: int) -> Loss:
 
 
 def write(directory: Path, setting: Setting, states: dict[tuple[str, int], MethodState]) -> None:
-    """Save the final states of a run's entries by (name, seed)."""
+    """Save the final states of a run's entries by (name, seed); those of a shorter run that are no longer, go."""
     folder = directory / "final"
+    for path in set(folder.glob("*.npz")) - {path_of(folder, name, seed) for name, seed in states}:
+        path.unlink()
     for (name, seed), state in states.items():
         save(folder, name, seed, state)
     if states:

@@ -12,7 +12,7 @@ import sys
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import jax
 import numpy as np
@@ -134,6 +134,13 @@ class Metrics:
             with _replacing(self.path) as file:
                 file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
+    def sort(self, key: Callable[[dict[str, Any]], Any]) -> None:
+        """Put the rows in the order of `key(row)`, atomically; rows that are in order already stay untouched."""
+        rows = self.read(self.path)
+        if (ordered := sorted(rows, key=key)) != rows:
+            with _replacing(self.path) as file:
+                file.write("".join(json.dumps(row) + "\n" for row in ordered).encode())
+
     @staticmethod
     def read(path: str | Path) -> list[dict[str, Any]]:
         """All rows of a file, none if it is absent. Raises ValueError, with the line, where one is not JSON."""
@@ -154,6 +161,7 @@ class RunDirectory:
     def __init__(self, path: str | Path) -> None:
         """Name the directory; `open_run` checks and locks it."""
         self.path = Path(path)
+        self.news: tuple[str, ...] = ()  # how `open_run` let it grow, for the user
         self.config_path = self.path / "config.json"
         self.metrics = Metrics(self.path / "metrics.jsonl")
         self.observations = Metrics(self.path / "observations.jsonl")  # of examples with wrong labels
@@ -170,12 +178,42 @@ class RunDirectory:
             lock.close()
 
 
-def open_run(path: str | Path, config: dict[str, Any], resume: bool, command: str | None = None) -> RunDirectory:
+class Growth(NamedTuple):
+    """How a run that goes on may become another one, see `l2t_jax.runs.growth`."""
+
+    config: dict[str, Any]  # the one that is there, with what may change as it is asked for
+    was: dict[str, Any]  # of what changes, for the record: the fields as they were
+    refusal: str | None  # why it may not, in words that follow the name of the directory
+    news: tuple[str, ...]  # what is new, for the user
+
+
+def unchanged(there: dict[str, Any], asked: dict[str, Any]) -> Growth:
+    """Nothing may change."""
+    return Growth(there, {}, None, ())
+
+
+def open_run(
+    path: str | Path,
+    config: dict[str, Any],
+    resume: bool,
+    command: str | None = None,
+    grow: Callable[[dict[str, Any], dict[str, Any]], Growth] = unchanged,
+) -> RunDirectory:
     """Make or reopen the directory of a run, lock it for this process, and record `config` and the environment there.
 
-    A fresh run writes {"config", "environment", "command"}; each resumption adds to the list "resumed". `resume` on a
-    directory without a run starts one. Raises WorkdirError where the directory cannot be written, is in use by another
-    process, or holds a run that is not this one, or is this one and `resume` is false.
+    A fresh run writes {"config", "environment", "command"}; each resumption adds to the list "resumed". Where the run
+    grows, "config" becomes the one that is asked for, and "was" in that list keeps what changed. `resume` on a
+    directory without a run starts one.
+
+    Args:
+      path: the directory.
+      config: whatever decides a result.
+      resume: whether a run that is there goes on.
+      command: for the record; None: that of the process.
+      grow: (the config there, the config asked for) -> what may change; by default nothing.
+    Raises:
+      WorkdirError: the directory cannot be written, is in use by another process, or holds a run that is not this one
+        and cannot become it, or is this one and `resume` is false.
     """
     if "\0" in str(path):
         raise WorkdirError(f"{str(path)!r} is no name of a directory: choose another --workdir.")
@@ -183,12 +221,16 @@ def open_run(path: str | Path, config: dict[str, Any], resume: bool, command: st
     held = run.path.resolve() in _locks
     _lock(run.path)
     try:
-        record = _admit(run, json.loads(json.dumps(_plain(config))), resume)
+        admitted = _admit(run, json.loads(json.dumps(_plain(config))), resume, grow)
         here = {"environment": environment(), "command": command or shlex.join(["python", *sys.orig_argv[1:]])}
-        if record is None:
+        if admitted is None:
             write_json(run.config_path, {"config": config, **here})
         else:
-            write_json(run.config_path, {**record, "resumed": [*record.get("resumed", []), here]})
+            record, growth = admitted
+            here |= {"was": growth.was} if growth.was else {}
+            # In one write: whatever a run left before it or leaves after it, the same command goes on from there.
+            write_json(run.config_path, {**record, "config": config, "resumed": [*record.get("resumed", []), here]})
+            run.news = growth.news
     except BaseException:
         if not held:
             run.close()
@@ -325,20 +367,26 @@ def _unwritable(path: Path, error: OSError) -> WorkdirError:
     return WorkdirError(f"{path} cannot be used as a run directory ({error.strerror}): choose another --workdir.")
 
 
-def _admit(run: RunDirectory, config: Any, resume: bool) -> dict[str, Any] | None:
-    """The record of the run to go on with, or None where a fresh one may start; WorkdirError for all else."""
+def _admit(
+    run: RunDirectory, config: Any, resume: bool, grow: Callable[[dict[str, Any], dict[str, Any]], Growth]
+) -> tuple[dict[str, Any], Growth] | None:
+    """The record of the run to go on with and how it grows, None where a fresh one may start; WorkdirError else."""
     if not run.config_path.exists():
         if run.metrics.path.exists() or (run.path / "checkpoints").exists():
             raise WorkdirError(f"{run.path} holds a run without its config.json: choose another --workdir.")
         return None
     record = _read_record(run.config_path)
-    if different := list(_differences(record["config"], config)):
+    growth = grow(record["config"], config)
+    if different := list(_differences(growth.config, config)):
         raise WorkdirError(f"{run.path} holds another run ({'; '.join(different)}): choose another --workdir.")
+    if growth.refusal is not None:
+        raise WorkdirError(f"{run.path} {growth.refusal}")
     if not resume:
+        asked = f" (asked: {', '.join(growth.news)})" if growth.news else ""
         raise WorkdirError(
-            f"{run.path} holds this run already: pass --resume to go on with it, or choose another --workdir."
+            f"{run.path} holds this run already{asked}: pass --resume to go on with it, or choose another --workdir."
         )
-    return record
+    return record, growth
 
 
 def _read_record(path: Path) -> dict[str, Any]:

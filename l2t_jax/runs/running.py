@@ -16,6 +16,7 @@ from l2t_jax.methods import TAUGHT
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.checkpoints import Checkpoints
 from l2t_jax.runs.config import Options
+from l2t_jax.runs.growth import growth_of
 from l2t_jax.runs.observing import Observer
 from l2t_jax.runs.parallel import Program, leader_first
 from l2t_jax.runs.progress import RunProgress
@@ -127,7 +128,8 @@ def train_entries(
             for name, seed in taught
         },
     }
-    directory = leader_first(lambda: open_run(options.workdir, record, options.resume, options.command))
+    grow = growth_of(setting, entries)
+    directory = leader_first(lambda: open_run(options.workdir, record, options.resume, options.command, grow))
     if directory is not None:
         for name, content in getattr(setting.dataset.info, "files", {}).items():
             (directory.path / name).write_bytes(content)
@@ -137,6 +139,8 @@ def train_entries(
     progress = RunProgress(rounds, at_once=at_once, quiet=quiet or directory is None)
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
+        if directory is not None and directory.news:
+            progress.line(f"going on with what is there: {', '.join(directory.news)}")
         for part, counts in _counts(setting).get("counts", {}).items():
             progress.line(f"{part}: {', '.join(f'{count} {why}' for why, count in counts.items())}".replace("_", " "))
         for classes in _of_classes(setting).values():
@@ -146,6 +150,11 @@ def train_entries(
             outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
     if directory is None:
         return outcomes, {}
+    # What was added to a run stands where it would in one that began so.
+    place = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in rounds))}
+    order = {seed: i for i, seed in enumerate(config.seeds)}
+    for rows in (directory.metrics, directory.observations):
+        rows.sort(lambda row: (place[row["method"]], order[row["seed"]], row["round"]))
     return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet)
 
 
@@ -305,6 +314,11 @@ def _run(
         directory.metrics.truncate(lambda row: not mine(row) or row["round"] < done)
         # A row of metrics is of the round with its number, an observation of the state after so many.
         directory.observations.truncate(lambda row: not mine(row) or (done > 0 and row["round"] <= done))
+        for path in (directory.snapshots_dir / name / f"seed_{seed}").glob("round_*.npz"):
+            if int(path.stem.removeprefix("round_")) > done:
+                path.unlink()
+        if done < rounds:  # else a run that goes on for longer would show the teacher of a shorter one
+            trained_teachers.path_of(directory.path, name, seed).unlink(missing_ok=True)
 
     def show(done: int, row: dict[str, Any] | None) -> None:
         progress.update(name, seed, done, None if row is None else row["validation_error"])
@@ -321,6 +335,7 @@ def _run(
         progress=show,
         report=progress.line,
         checkpoint_seconds=setting.options.checkpoint_seconds,
+        frozen=entry.teacher_of is not None,
     )
 
 

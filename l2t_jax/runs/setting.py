@@ -67,6 +67,7 @@ class Setting(NamedTuple):
     layout: Layout
     parts: Parts  # student, task, plan, ...: what methods are composed of
     inputs: PyTree  # [2, ...] of zeros: what a student is initialised with
+    of_length: str = ""  # as in `Method`, of what all entries share
 
     def rounds_of(self, entry: Entry) -> int:
         """Rounds of a run of this entry, over all its students' lives."""
@@ -123,7 +124,9 @@ def build_setting(
         axis_name=layout.axis_name,
         how=How(memory=config.memory, at_once=layout.seeds, check_gradient=True),
     )
-    setting = Setting(config, options, dataset, layout, parts, inputs)
+    schedule = config.settings.student_schedule
+    of_length = f"student_schedule={schedule}" if own.optimizer is None and schedule != "constant" else ""
+    setting = Setting(config, options, dataset, layout, parts, inputs, of_length)
     return setting, build_entries(config.methods, parts, options.teacher_from is not None, own.methods)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 from jax import lax
 
 from l2t_jax.data.order import Plan
-from l2t_jax.runs.checkpoints import Checkpoints
+from l2t_jax.runs.checkpoints import Checkpoints, digest
 from l2t_jax.runs.parallel import ONE, Dispatch, Layout, Program, Rounds, anywhere, everywhere, from_leader, keys_of
 from l2t_jax.runs.streaming import Buckets, Stream
 from l2t_jax.types import Array, Method, MethodState, PyTree, RoundBatches, Task
@@ -50,6 +50,7 @@ class Run(NamedTuple):
     progress: Callable[[int, dict[str, Any] | None], None]  # rounds done, last row
     report: Callable[[str], None]  # one line for the user
     checkpoint_seconds: float
+    frozen: bool = False  # whether its teacher stays as it is at round 0: a checkpoint with another is of another run
 
 
 class Outcome(NamedTuple):
@@ -230,7 +231,10 @@ def _restored(run: Run) -> tuple[MethodState, int, float]:
         restored = run.checkpoints.restore(run.state)
         for line in restored.skipped:
             run.report(f"{run.name}, seed {run.seed}: {line}")
-        if restored.step is not None:
+        if restored.step is not None and run.frozen and digest(restored.state.teacher) != digest(run.state.teacher):
+            run.report(f"{run.name}, seed {run.seed} begins anew: the teacher that it takes over has learned more")
+            run.checkpoints.clear()
+        elif restored.step is not None:
             found = restored.state, restored.step, restored.info["wall_time_s"]
     state, done, spent = from_leader((found[0], np.int32(found[1]), np.float64(found[2])))
     return state, int(done), float(spent)
