@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -18,8 +19,8 @@ from experiments import classification, noisy_labels
 from l2t_jax import from_arrays, train
 from l2t_jax.losses import LOSSES, make_loss
 from l2t_jax.methods.fixed_loss import fixed_loss
-from l2t_jax.runs import finals, reporting
-from l2t_jax.runs.records import WorkdirError
+from l2t_jax.runs import finals, reporting, training
+from l2t_jax.runs.records import Metrics, WorkdirError
 from l2t_jax.students import mlp
 from l2t_jax.teachers import TEACHERS
 
@@ -159,6 +160,45 @@ def test_a_run_goes_on_and_a_changed_set_is_refused(taught):
     changed = dataclasses.replace(data, train={**data.train, "inputs": data.train["inputs"] + 1})
     with pytest.raises(WorkdirError, match="dataset_sha256"):
         train("l2t_dln", changed, workdir=taught.directory, resume=True, **FEW)
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_an_interrupted_call_says_how_to_go_on_and_loses_nothing(tmp_path, monkeypatch, times):
+    """One SIGINT saves the rounds under way, a second one stops at once; both leave what the same call goes on from."""
+    monkeypatch.setattr(training, "MOST_ROUNDS", 1)
+    handlers = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    append, given = Metrics.append, {**FEW, "seeds": 1, "workdir": tmp_path / "r", "quiet": True}
+
+    def interrupting(self, rows):
+        append(self, rows)
+        if rows[0]["round"] == 2 and "validation_error" in rows[0]:  # no observation
+            for _ in range(times):
+                signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Metrics, "append", interrupting)
+        with pytest.raises(KeyboardInterrupt) as stop:
+            train("cross_entropy", noisy_digits(), **given)
+    line = f"train was stopped; go on by the same call with workdir={str(tmp_path / 'r')!r}, resume=True."
+    assert str(stop.value) == line and stop.value.__suppress_context__
+    assert [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)] == handlers
+    saved = [path.name for path in (tmp_path / "r/checkpoints/cross_entropy/seed_0").glob("[0-9]*")]
+    assert saved == (["3"] if times == 1 else [])
+    again = train("cross_entropy", noisy_digits(), resume=True, **given)
+    whole = train("cross_entropy", noisy_digits(), **given | {"workdir": tmp_path / "whole"})
+    assert Metrics.read(tmp_path / "r/metrics.jsonl") == Metrics.read(tmp_path / "whole/metrics.jsonl")
+    for one, other in zip(jax.tree.leaves(again.states), jax.tree.leaves(whole.states), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
+def test_progress_is_told_unless_it_is_not_wanted(tmp_path, capsys):
+    given = {**FEW, "seeds": 1, "rounds": 2}
+    train("mae", noisy_digits(), workdir=tmp_path / "a", **given)
+    said = capsys.readouterr()
+    assert said.out == "" and f"files go to {tmp_path / 'a'}" in said.err
+    assert "mae seed 0 (1 of 1): round 2/2" in said.err
+    train("mae", noisy_digits(), workdir=tmp_path / "b", quiet=True, **given)
+    assert capsys.readouterr() == ("", "")
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ DOORS = {
     "matplotlib": ("plots.py", "image_panels.py"),
     "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),
+    "IPython": ("progress.py",),
     "faster_coco_eval": ("boxes.py",),
     "sacrebleu": ("translation.py",),
     "safetensors": ("state_dicts.py",),

@@ -31,7 +31,7 @@ from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.reporting import reason
 from l2t_jax.runs.running import train_entries
 from l2t_jax.runs.setting import Entry, Own, Setting, build_setting
-from l2t_jax.runs.training import Outcome
+from l2t_jax.runs.training import Outcome, StoppedError
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load, settings_for
 from l2t_jax.tasks.own import as_inputs
@@ -125,6 +125,7 @@ def train(
     knobs: dict[str, Any] | None = None,
     workdir: str | Path | None = None,
     resume: bool = False,
+    quiet: bool = False,
     **settings: Any,
 ) -> Result:
     """Train a method on a data set, for some seeds, and score it on the test set once.
@@ -146,11 +147,14 @@ def train(
       knobs: of a method, a loss or the student's optimizer, e.g. {"meta_weight_net.lr": 0.01, "sgd.momentum": 0.9}.
       workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
       resume: go on with the run that is there, which may be of fewer rounds and seeds; objects must be those it had.
+      quiet: show no progress.
       **settings: rows of the sheet, e.g. student_lr=0.1, unroll_length=10, and validation_ratio.
     Returns:
       a `Result`.
     Raises:
       ValueError: a name is unknown, a value is out of range, or something does not fit; one line says what.
+      KeyboardInterrupt: SIGINT (a notebook's interrupt) or SIGTERM was received. The first one finishes the rounds
+        under way and saves them, a second one stops at once; the line says how to go on.
     """
     spec = TASKS[known(f"task {task!r}", task, TASKS, UsageError)]
     column = settings_for(spec, PRESETS[known(f"preset {preset!r}", preset, PRESETS, UsageError)])
@@ -193,7 +197,13 @@ def train(
         methods={} if isinstance(method, str) else {OBJECT: method},
     )
     setting, entries = build_setting(config, options, dataset, own)
-    outcomes, summary = train_entries(setting, entries, alone=True, quiet=True)
+    try:
+        outcomes, summary = train_entries(setting, entries, alone=True, quiet=quiet, table=False)
+    except (StoppedError, KeyboardInterrupt):
+        # No Exception: a loop that goes on after errors must not go on after this.
+        raise KeyboardInterrupt(
+            f"train was stopped; go on by the same call with workdir={options.workdir!r}, resume=True."
+        ) from None
     entry = entries[0]
     finished = [outcomes[(entry.name, seed)] for seed in numbers]
     states = [outcome.state for outcome in finished if isinstance(outcome, Outcome) and not reason(outcome)]

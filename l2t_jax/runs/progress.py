@@ -1,13 +1,15 @@
-"""Progress of long work: a bar on a terminal, plain lines elsewhere."""
+"""Progress of long work: a bar on a terminal, a line that changes in a notebook, plain lines elsewhere."""
 
 import sys
 import time
 from types import TracebackType
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 SECONDS_BETWEEN_LINES = 10.0  # where standard error is no terminal
+SECONDS_BETWEEN_CHANGES = 0.5  # of the line in a notebook
 
 
 class RunProgress:
@@ -15,7 +17,10 @@ class RunProgress:
 
     def __init__(self, rounds: dict[tuple[str, int], int], *, at_once: int = 1, quiet: bool = False) -> None:
         """Take the rounds of each (method, seed), in the order in which they will run, and how many run at once."""
-        self.console = Console(stderr=True, quiet=quiet)
+        self._in_notebook = Console().is_jupyter
+        # A notebook paints standard error as an error, and rich would show each line there as a block of its own.
+        self.console = Console(stderr=not self._in_notebook, quiet=quiet, force_jupyter=False)
+        self._cell: Any = None  # where the line in a notebook is
         self._done = dict.fromkeys(rounds, 0)
         self._rounds = rounds
         self._at_once = at_once
@@ -23,6 +28,7 @@ class RunProgress:
         self._compiled: set[str] = set()
         self._marks: dict[tuple[str, int], tuple[float, int]] = {}
         self._printed = time.monotonic()
+        self._changed = -SECONDS_BETWEEN_CHANGES
         columns = (TextColumn("{task.description}"), BarColumn(bar_width=12), TextColumn("{task.fields[note]}"))
         self._bar = (
             Progress(*columns, console=self.console, transient=True) if sys.stderr.isatty() and not quiet else None
@@ -57,6 +63,10 @@ class RunProgress:
         label = f"{method} seed {seed} ({list(self._done).index(run) + 1} of {len(self._done)})"
         if self._bar and self._task is not None:
             self._bar.update(self._task, completed=sum(self._done.values()), description=label, note=note)
+        elif self._in_notebook:
+            if done == self._rounds[run] or now - self._changed >= SECONDS_BETWEEN_CHANGES:
+                self._change(f"{label}: {note}")
+                self._changed = now
         elif done == self._rounds[run] or now - self._printed >= SECONDS_BETWEEN_LINES:
             self.line(f"{label}: {note}")
             self._printed = now
@@ -64,6 +74,18 @@ class RunProgress:
     def line(self, text: str) -> None:
         """Print a line above the bar."""
         self.console.print(text, highlight=False, soft_wrap=True, markup=False)
+
+    def _change(self, text: str) -> None:
+        """Write a notebook's line, over what it was: a carriage return would leave a line for each change."""
+        if self.console.quiet:
+            return
+        from IPython.display import display  # there wherever this is a notebook
+
+        line = {"text/plain": text}
+        if self._cell is None:
+            self._cell = display(line, raw=True, display_id=True)
+        else:
+            self._cell.update(line, raw=True)
 
     def end(self, method: str, seed: int) -> None:
         """Note that a run has ended, early or not."""

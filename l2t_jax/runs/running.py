@@ -96,9 +96,10 @@ def train_entries(
     *,
     alone: bool = True,
     quiet: bool = False,
+    table: bool = True,
     instruments: Callable[[Setting, Entry], Instrument | None] = watch_labels,
 ) -> tuple[Outcomes, dict[str, Any]]:
-    """Train every entry for every seed, evaluate on the test set once, write the records, print the table.
+    """Train every entry for every seed, evaluate on the test set once, write the records, print progress and the table.
 
     summary.json is a record that stands for itself: results, and what config.json holds.
 
@@ -106,6 +107,7 @@ def train_entries(
       setting, entries: of `build_setting`.
       alone: False where this is a cell of a table, which has plots and tables of its own.
       quiet: nothing is printed.
+      table: False where the caller shows the results.
       instruments: what looks at the states of an entry while it is trained.
     Returns:
       how each seed of each entry ended, and what summary.json holds ({} in a process that is not the leader).
@@ -155,7 +157,7 @@ def train_entries(
     order = {seed: i for i, seed in enumerate(config.seeds)}
     for rows in (directory.metrics, directory.observations):
         rows.sort(lambda row: (place[row["method"]], order[row["seed"]], row["round"]))
-    return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet)
+    return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet or not table)
 
 
 def _of_classes(setting: Setting) -> dict[str, list[int]]:
