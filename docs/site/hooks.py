@@ -91,6 +91,8 @@ def on_files(files: Files, config: MkDocsConfig) -> Files:
         if path.suffix == ".md":
             site.texts[file.src_uri] = site.linked(path, file.src_uri)
             files.remove(file)
+    site.uri_of(ROOT / "CHANGELOG.md")
+    site.uri_of(ROOT / "CONTRIBUTING.md")
     site.texts["methods.md"] += "\n" + "\n".join(["## A page for each", "", *_index()]) + "\n"
     for name in method_names():
         site.texts[f"methods/{name}.md"] = _method(name)
