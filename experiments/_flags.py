@@ -243,6 +243,13 @@ flags.DEFINE_float(
     "checkpoint_seconds", 20.0, "Seconds between checkpoints; 0 saves after every dispatch.", lower_bound=0
 )
 flags.DEFINE_bool("tensorboard", False, "Write TensorBoard scalars too: pip install l2t_jax[tensorboard].")
+flags.DEFINE_string(
+    "on_row",
+    None,
+    "MODULE:FUNCTION that is told each row of metrics.jsonl, a dict, while the run goes on, for wandb, MLflow or "
+    "anything else (docs/reading_results.md).",
+)
+flags.DEFINE_string("on_summary", None, "MODULE:FUNCTION that is told what summary.json holds, at the end.")
 
 FLAGS = flags.FLAGS
 
@@ -302,6 +309,8 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         resume=FLAGS.resume,
         checkpoint_seconds=FLAGS.checkpoint_seconds,
         tensorboard=FLAGS.tensorboard,
+        on_row=FLAGS.on_row,
+        on_summary=FLAGS.on_summary,
         seeds_at_once=FLAGS.seeds_at_once,
         devices=FLAGS.devices,
         shard=_settings.known("shard", FLAGS.shard, SHARDS),

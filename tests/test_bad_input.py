@@ -153,6 +153,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "resume": (*NO_SWITCH, "true"),
     "checkpoint_seconds": ("-1", "x", "nan"),
     "tensorboard": NO_SWITCH,
+    **dict.fromkeys(("on_row", "on_summary"), ("", "x", "json", "x:y", ":y", "json:", "json:none", "json:__name__")),
 }
 ROWS = [(name, value) for name, values in BAD_VALUES.items() for value in values]
 NAMES = ("dataset", "student", "method", "preset", "teacher", "memory", "shard", "student_schedule")

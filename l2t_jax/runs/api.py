@@ -3,7 +3,7 @@
 from l2t_jax import from_arrays, train
 data = from_arrays(x, y, test=(x_test, y_test), clean=(x_clean, y_clean))
 result = train("l2t_dln", data, student="mlp", rounds=200, seeds=3)
-result.score, result.predict(x), result.loss, result.examples
+result.score, result.predict(x), result.loss, result.examples, result.to_frame()
 """
 
 import dataclasses
@@ -27,7 +27,8 @@ from l2t_jax.methods.parts import Parts
 from l2t_jax.optimizers import STUDENT_OPTIMIZERS
 from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs import examples, finals
-from l2t_jax.runs.config import Config, Options, UsageError
+from l2t_jax.runs.config import Config, Hook, Options, UsageError
+from l2t_jax.runs.frames import read_run
 from l2t_jax.runs.reporting import reason
 from l2t_jax.runs.running import train_entries
 from l2t_jax.runs.setting import Entry, Own, Setting, build_setting
@@ -100,6 +101,10 @@ class Result:
         self._require(of_classes=True)
         return examples.describe(self.setting, self.entry, self.states)
 
+    def to_frame(self) -> Any:
+        """The rows of the run as a pandas DataFrame, see `ReadRun.to_frame`."""
+        return read_run(self.directory).to_frame()
+
     def _require(self, of_classes: bool = False) -> None:
         if of_classes and (task := self.setting.config.task) != "classification":
             raise ValueError(f"this is of classification, and the run is of {task}: use result.states and its task.")
@@ -126,6 +131,8 @@ def train(
     workdir: str | Path | None = None,
     resume: bool = False,
     quiet: bool = False,
+    on_row: Hook | None = None,
+    on_summary: Hook | None = None,
     **settings: Any,
 ) -> Result:
     """Train a method on a data set, for some seeds, and score it on the test set once.
@@ -148,6 +155,8 @@ def train(
       workdir: where the files go; by default runs/train_METHOD_DATA_TIME.
       resume: go on with the run that is there, which may be of fewer rounds and seeds; objects must be those it had.
       quiet: show no progress.
+      on_row: is told each row of metrics.jsonl, a dict, as the run goes on; one that raises is told no more.
+      on_summary: is told what summary.json holds, at the end.
       **settings: rows of the sheet, e.g. student_lr=0.1, unroll_length=10, and validation_ratio.
     Returns:
       a `Result`.
@@ -170,10 +179,10 @@ def train(
         known(f"loss {loss!r}", loss, LOSSES, UsageError)
     config = Config(
         dataset=dataset.name,
-        student=_named("student", student, STUDENTS),
+        student=_named("student", student, STUDENTS, Student),
         methods=(name,),
         preset=preset,
-        teacher=_named("teacher", teacher, TEACHERS),
+        teacher=_named("teacher", teacher, TEACHERS, Teacher),
         rounds=rounds,
         memory=known(f"memory mode {memory!r}", memory, MEMORY_MODES, UsageError),
         seeds=numbers,
@@ -187,6 +196,8 @@ def train(
     options = Options(
         workdir=str(workdir or f"runs/train_{name}_{Path(dataset.name).stem}_{stamp}"),
         resume=resume,
+        on_row=_told("on_row", on_row),
+        on_summary=_told("on_summary", on_summary),
         command=f"l2t_jax.train({name!r}, {dataset.name!r}, preset={preset!r}, seeds={numbers}, rounds={rounds}, ...)",
     )
     own = Own(
@@ -220,5 +231,24 @@ def _checked(knobs: dict[str, Any], method: str, optimizer: str) -> dict[str, An
     return knobs
 
 
-def _named(what: str, given: Any, names: dict[str, Any]) -> str:
-    return known(f"{what} {given!r}", given, names, UsageError) if isinstance(given, str) else OBJECT
+def _named(what: str, given: Any, names: dict[str, Any], kind: type) -> str:
+    """The name of what is given: one of the known, or that of all objects.
+
+    Raises:
+      UsageError: it is an unknown name, or neither a name nor an object of this kind.
+    """
+    if isinstance(given, str):
+        known(f"{what} {given!r}", given, names, UsageError)
+        return given
+    if not isinstance(given, kind):
+        of_module = "; from_linen, from_nnx, from_equinox and from_haiku make one of a module" * (kind is Student)
+        raise UsageError(
+            f"{what} is an object of type {type(given).__name__}: give a name or a `{kind.__name__}`{of_module}."
+        )
+    return OBJECT
+
+
+def _told(name: str, hook: Any) -> Hook | None:
+    if hook is not None and not callable(hook):
+        raise UsageError(f"{name} is an object of type {type(hook).__name__}: give a function of a dict.")
+    return hook

@@ -1,9 +1,12 @@
 """What a run is asked for."""
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 from l2t_jax.presets import Preset
+
+Hook = Callable[[dict[str, Any]], object]  # what is told of a run: a row, or the summary
 
 
 class UsageError(ValueError):
@@ -56,6 +59,8 @@ class Options:
     resume: bool = False
     checkpoint_seconds: float = 20.0
     tensorboard: bool = False
+    on_row: Hook | str | None = None  # see `l2t_jax.runs.hooks`; a string is MODULE:FUNCTION
+    on_summary: Hook | str | None = None
     seeds_at_once: int | None = None
     devices: int = 1
     shard: str = "batch"

@@ -3,7 +3,6 @@
 import contextlib
 import fcntl
 import hashlib
-import importlib.util
 import json
 import math
 import os
@@ -238,21 +237,6 @@ def open_run(
     return run
 
 
-def require_tensorboard() -> None:
-    """Raise ImportError, with what to install, where tensorboardX is absent: before a run, not in the midst of it."""
-    if importlib.util.find_spec("tensorboardX") is None:
-        raise ImportError("TensorBoard logs need tensorboardX: pip install l2t_jax[tensorboard].")
-
-
-def tensorboard_writer(path: str | Path, purge_step: int | None = None) -> Any:
-    """A tensorboardX SummaryWriter on `path`; events from `purge_step` on, written before a resumption, are hidden.
-
-    Raises ImportError where tensorboardX is absent.
-    """
-    require_tensorboard()
-    from tensorboardX import SummaryWriter
-
-    return SummaryWriter(str(path), purge_step=purge_step)
 
 
 def _plain(obj: Any) -> Any:

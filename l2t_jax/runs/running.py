@@ -5,8 +5,9 @@ import dataclasses
 import logging
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -15,18 +16,12 @@ from l2t_jax.data.noise import wrong_share
 from l2t_jax.methods import TAUGHT
 from l2t_jax.runs import trained_teachers
 from l2t_jax.runs.checkpoints import Checkpoints
-from l2t_jax.runs.config import Options
 from l2t_jax.runs.growth import growth_of
+from l2t_jax.runs.hooks import Hooks, told_by
 from l2t_jax.runs.observing import Observer
-from l2t_jax.runs.parallel import Program, leader_first
+from l2t_jax.runs.parallel import Program, is_leader, leader_first
 from l2t_jax.runs.progress import RunProgress
-from l2t_jax.runs.records import (
-    RunDirectory,
-    open_run,
-    require_tensorboard,
-    save_arrays,
-    tensorboard_writer,
-)
+from l2t_jax.runs.records import RunDirectory, open_run, save_arrays
 from l2t_jax.runs.reporting import Outcomes, reason, report
 from l2t_jax.runs.setting import FRESH, TRANSFER, Entry, Setting, first_state
 from l2t_jax.runs.streaming import Buckets, Stream
@@ -73,6 +68,13 @@ class Stop:
 Instrument = Callable[[int, int, PyTree], dict[str, float]]
 
 
+class Leader(NamedTuple):
+    """What the leader keeps of a run and whom it tells; other processes have none."""
+
+    directory: RunDirectory
+    hooks: Hooks
+
+
 def watch_labels(setting: Setting, entry: Entry) -> Instrument | None:
     """What is made of wrong labels, where there are any."""
     return Observer(setting, entry.method) if "true" in setting.dataset.train else None
@@ -115,8 +117,6 @@ def train_entries(
       StoppedError: SIGINT or SIGTERM was received; all that was computed is saved.
     """
     config, options = setting.config, setting.options
-    if options.tensorboard:
-        require_tensorboard()
     taught = _taught_elsewhere(setting, entries)
     record = dataclasses.asdict(config) | {
         "rounds": setting.parts.plan.rounds,
@@ -131,33 +131,41 @@ def train_entries(
         },
     }
     grow = growth_of(setting, entries)
-    directory = leader_first(lambda: open_run(options.workdir, record, options.resume, options.command, grow))
-    if directory is not None:
-        for name, content in getattr(setting.dataset.info, "files", {}).items():
-            (directory.path / name).write_bytes(content)
     rounds = {(entry.name, seed): setting.rounds_of(entry) for entry in entries for seed in config.seeds}
-    outcomes: Outcomes = {}
     at_once = min(setting.layout.runs, len(config.seeds))
-    progress = RunProgress(rounds, at_once=at_once, quiet=quiet or directory is None)
+    progress = RunProgress(rounds, at_once=at_once, quiet=quiet or not is_leader())
+
+    def begin() -> Leader:
+        told = told_by(options)  # first, as nothing is left of a run that is refused
+        directory = open_run(options.workdir, record, options.resume, options.command, grow)
+        return Leader(directory, Hooks(told, directory, warnings.warn if quiet else progress.line))
+
+    leader = leader_first(begin)
+    if leader is not None:
+        for name, content in getattr(setting.dataset.info, "files", {}).items():
+            (leader.directory.path / name).write_bytes(content)
+    outcomes: Outcomes = {}
     with progress, _shown(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
-        if directory is not None and directory.news:
-            progress.line(f"going on with what is there: {', '.join(directory.news)}")
+        if leader is not None and leader.directory.news:
+            progress.line(f"going on with what is there: {', '.join(leader.directory.news)}")
         for part, counts in _counts(setting).get("counts", {}).items():
             progress.line(f"{part}: {', '.join(f'{count} {why}' for why, count in counts.items())}".replace("_", " "))
         for classes in _of_classes(setting).values():
             progress.line(f"training examples of each class: {', '.join(map(str, classes))}")
         for entry in entries:
-            watched = instruments(setting, entry) if directory is not None else None
-            outcomes |= _train_entry(setting, entry, directory, progress, taught, outcomes, stop, watched)
-    if directory is None:
+            watched = instruments(setting, entry) if leader is not None else None
+            outcomes |= _train_entry(setting, entry, leader, progress, taught, outcomes, stop, watched)
+    if leader is None:
         return outcomes, {}
     # What was added to a run stands where it would in one that began so.
     place = {name: i for i, name in enumerate(dict.fromkeys(name for name, _ in rounds))}
     order = {seed: i for i, seed in enumerate(config.seeds)}
-    for rows in (directory.metrics, directory.observations):
+    for rows in (leader.directory.metrics, leader.directory.observations):
         rows.sort(lambda row: (place[row["method"]], order[row["seed"]], row["round"]))
-    return outcomes, report(setting, entries, outcomes, directory, alone=alone, quiet=quiet or not table)
+    summary = report(setting, entries, outcomes, leader.directory, alone=alone, quiet=quiet or not table)
+    leader.hooks.end()
+    return outcomes, summary
 
 
 def _of_classes(setting: Setting) -> dict[str, list[int]]:
@@ -205,7 +213,7 @@ def _shown(line: Callable[[str], None]) -> Iterator[None]:
 def _train_entry(
     setting: Setting,
     entry: Entry,
-    directory: RunDirectory | None,
+    leader: Leader | None,
     progress: RunProgress,
     taught: dict[tuple[str, int], PyTree],
     earlier: Outcomes,
@@ -233,15 +241,15 @@ def _train_entry(
         for first in range(0, len(ready), setting.layout.runs):
             members = ready[first : first + setting.layout.runs]
             runs = [
-                _run(setting, entry, seed, _initial(setting, entry, seed, teacher), directory, progress, instrument)
+                _run(setting, entry, seed, _initial(setting, entry, seed, teacher), leader, progress, instrument)
                 for seed, teacher in members
             ]
             trained = train(runs, plan, program, data, stop)
             for run, outcome in zip(runs, trained, strict=True):
                 if run.checkpoints is not None:
                     run.checkpoints.close()
-                if directory is not None and entry.name in TAUGHT and outcome.failure is None:
-                    trained_teachers.save(directory.path, entry.name, run.seed, outcome.state.teacher)
+                if leader is not None and entry.name in TAUGHT and outcome.failure is None:
+                    trained_teachers.save(leader.directory.path, entry.name, run.seed, outcome.state.teacher)
                 if outcome.failure is not None:
                     progress.line(
                         f"{run.name}, seed {run.seed} stopped at {outcome.failure}; its last good checkpoint is kept"
@@ -288,7 +296,7 @@ def _run(
     entry: Entry,
     seed: int,
     state: MethodState,
-    directory: RunDirectory | None,
+    leader: Leader | None,
     progress: RunProgress,
     instrument: Instrument | None,
 ) -> Run:
@@ -297,6 +305,7 @@ def _run(
     # As in Figure 3: start, 20 %, 50 %, end; of several lives those of the last.
     moments = {0, *(rounds - life + done for done in (life // 5, life // 2, life))}
     observed = {round(rounds * i / OBSERVATIONS) for i in range(OBSERVATIONS + 1)} if instrument else set()
+    directory = leader and leader.directory
 
     def snapshot(done: int, state: MethodState) -> None:
         if directory is None:
@@ -309,18 +318,24 @@ def _run(
             row = {"method": name, "seed": seed, "round": done, **instrument(seed, done, state)}
             directory.observations.append([row])
 
+    def write(rows: list[dict[str, Any]]) -> None:
+        if leader is not None:
+            leader.directory.metrics.append(rows)
+            leader.hooks.rows(rows)
+
     def forget(done: int) -> None:
-        if directory is None:
+        if leader is None:
             return
         mine = lambda row: (row["method"], row["seed"]) == (name, seed)  # noqa: E731
-        directory.metrics.truncate(lambda row: not mine(row) or row["round"] < done)
+        leader.directory.metrics.truncate(lambda row: not mine(row) or row["round"] < done)
         # A row of metrics is of the round with its number, an observation of the state after so many.
-        directory.observations.truncate(lambda row: not mine(row) or (done > 0 and row["round"] <= done))
-        for path in (directory.snapshots_dir / name / f"seed_{seed}").glob("round_*.npz"):
+        leader.directory.observations.truncate(lambda row: not mine(row) or (done > 0 and row["round"] <= done))
+        for path in (leader.directory.snapshots_dir / name / f"seed_{seed}").glob("round_*.npz"):
             if int(path.stem.removeprefix("round_")) > done:
                 path.unlink()
         if done < rounds:  # else a run that goes on for longer would show the teacher of a shorter one
-            trained_teachers.path_of(directory.path, name, seed).unlink(missing_ok=True)
+            trained_teachers.path_of(leader.directory.path, name, seed).unlink(missing_ok=True)
+        leader.hooks.catch_up(name, seed)
 
     def show(done: int, row: dict[str, Any] | None) -> None:
         progress.update(name, seed, done, None if row is None else row["validation_error"])
@@ -330,7 +345,7 @@ def _run(
         seed=seed,
         state=state,
         checkpoints=Checkpoints(directory.checkpoints_dir(name, seed)) if directory is not None else None,
-        write=_writer(setting.options, directory, name, seed) if directory is not None else lambda rows: None,
+        write=write,
         forget=forget,
         snapshot=snapshot,
         snapshot_rounds=tuple(sorted(moments | observed)),
@@ -339,21 +354,3 @@ def _run(
         checkpoint_seconds=setting.options.checkpoint_seconds,
         frozen=entry.teacher_of is not None,
     )
-
-
-def _writer(options: Options, directory: RunDirectory, name: str, seed: int) -> Callable[[list[dict[str, Any]]], None]:
-    if not options.tensorboard:
-        return directory.metrics.append
-    boards: list[Any] = []
-
-    def write(rows: list[dict[str, Any]]) -> None:
-        directory.metrics.append(rows)
-        if not boards:  # rows before the first one stand in the events of the interrupted run
-            where = directory.path / "tensorboard" / name / f"seed_{seed}"
-            boards.append(tensorboard_writer(where, purge_step=rows[0]["round"]))
-        for row in rows:
-            for key in set(row) - {"method", "seed", "round", "epoch", "finite"}:
-                boards[0].add_scalar(key, row[key], row["round"])
-        boards[0].flush()
-
-    return write

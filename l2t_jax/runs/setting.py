@@ -19,6 +19,7 @@ from l2t_jax.data.files import in_a_line, read_clean, read_labels
 from l2t_jax.data.imbalance import with_imbalance
 from l2t_jax.data.noise import with_noise
 from l2t_jax.data.order import Blocks, Plan
+from l2t_jax.inputs import as_arrays, check_carried
 from l2t_jax.knobs import knobs_for, knobs_of
 from l2t_jax.methods import TAUGHT, UNWEIGHTED, build_method
 from l2t_jax.methods.l2t_dln import STAGES
@@ -102,7 +103,7 @@ def build_setting(
     task = build_task(config, dataset)
     example = example_batch(task, dataset)
     inputs = _zeros(example.inputs)
-    student = own.student or build_student(config, task, example, layout.axis_name)
+    student = build_student(config, task, example, layout.axis_name, own.student)
     task = build_task(config, dataset, layout.axis_name)  # now that it was tried on one device
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
@@ -205,43 +206,78 @@ def build_entries(
     return entries
 
 
-def build_student(config: Config, task: Task, example: Batch, axis_name: str | None = None) -> Student:
-    """The student that the flags describe, once it is sure to fit the task and the data set.
+def build_student(
+    config: Config, task: Task, example: Batch, axis_name: str | None = None, own: Student | None = None
+) -> Student:
+    """The student that the flags describe, or one's own, once it is sure to fit the task and the data set.
 
     Args:
       config: of the run.
       task: gives how many outputs there are, and the error, which is tried on what the student puts out.
       example: shapes of a batch of the data set, see `example_batch`.
       axis_name: mapped axis over which BatchNorm averages.
+      own: in place of what the flags describe; nobody has tried it yet, so a training step of it is looked at too.
 
     Raises:
       UsageError: a knob is not the student's, or it does not fit.
     """
-    build = STUDENTS[config.student]
-    has = knobs_of(build)
+    usual = TASKS[config.task].defaults["student"]
+    hint = "" if usual == config.student else f" Students of --task={config.task} are like {usual}."
+    called = f"--student={config.student}"
+    if own is not None:
+        called, hint = "the student that was given", " A module becomes one by from_linen, _nnx, _equinox or _haiku."
+    else:
+        _require_knobs(config)
+    try:
+        student = own or _named_student(config, task, axis_name)
+        inputs = seen_by(student, _zeros(example.inputs))
+        outputs = _tried(student, inputs, training=own is not None)
+    except Exception as error:  # what is for one kind of inputs may fail in any way for another
+        told = str(error) if isinstance(error, ValueError) else f"it cannot read its inputs ({in_a_line(error)})."
+        raise UsageError(f"{called} does not fit --dataset={config.dataset}: {told}{hint}") from error
+    try:
+        jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
+    except Exception as error:  # what is for one kind of outputs may fail in any way for another
+        told = str(error) if isinstance(error, ValueError) else f"what it puts out cannot be read ({in_a_line(error)})."
+        raise UsageError(f"{called} does not fit --task={config.task}: {told}{hint}") from error
+    return student
+
+
+def _require_knobs(config: Config) -> None:
+    """Say so where a knob was given that the student has not."""
+    has = knobs_of(STUDENTS[config.student])
     for name, value in config.student_knobs.items():
         if name not in has:
             told = ", ".join(f"--{other}" for other in has) or "none of these knobs"
             raise UsageError(
                 f"--{name}={value} is no knob of --student={config.student}, which has {told}: leave it out."
             )
+
+
+def _named_student(config: Config, task: Task, axis_name: str | None) -> Student:
+    build = STUDENTS[config.student]
     axis = {"axis_name": axis_name} if "axis_name" in inspect.signature(build).parameters else {}
-    usual = TASKS[config.task].defaults["student"]
-    hint = "" if usual == config.student else f" Students of --task={config.task} are like {usual}."
-    try:
-        student = build(num_classes=task.outputs, **config.student_knobs, **axis)
-        inputs = seen_by(student, _zeros(example.inputs))
-        variables = jax.eval_shape(student.init, jax.random.key(0), inputs)
-        outputs, _ = jax.eval_shape(lambda variables, x: student.apply(variables, x, False), variables, inputs)
-    except Exception as error:  # what is for one kind of inputs may fail in any way for another
-        told = str(error) if isinstance(error, ValueError) else f"it cannot read its inputs ({in_a_line(error)})."
-        raise UsageError(f"--student={config.student} does not fit --dataset={config.dataset}: {told}{hint}") from error
-    try:
-        jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
-    except Exception as error:  # what is for one kind of outputs may fail in any way for another
-        told = str(error) if isinstance(error, ValueError) else f"what it puts out cannot be read ({in_a_line(error)})."
-        raise UsageError(f"--student={config.student} does not fit --task={config.task}: {told}{hint}") from error
-    return student
+    return build(num_classes=task.outputs, **config.student_knobs, **axis)
+
+
+def _tried(student: Student, inputs: PyTree, training: bool) -> PyTree:
+    """What a student puts out for these inputs, as shapes.
+
+    Raises:
+      ValueError: its variables are not two trees of arrays; in training, a step changes the form of its batch_stats.
+    """
+
+    def try_it(key: Key, inputs: PyTree) -> PyTree:
+        variables = as_arrays(student.init(key, inputs), "variables")
+        if not isinstance(variables, dict) or set(variables) != {"params", "batch_stats"}:
+            raise ValueError('its init gives no {"params": ..., "batch_stats": ...}, batch_stats {} without BatchNorm.')
+        if training:
+            keys = (jax.random.split(key, len(jax.tree.leaves(inputs)[0])),) if student.draws else ()
+            _, stats = student.apply(variables, inputs, True, *keys)
+            check_carried(variables["batch_stats"], stats, "its apply", "batch_stats")
+        return student.apply(variables, inputs, False)[0]
+
+    return jax.eval_shape(try_it, jax.random.key(0), inputs)
 
 
 def first_state(method: Method, seed: int, inputs: PyTree, stream: int = FRESH) -> MethodState:

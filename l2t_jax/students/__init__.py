@@ -6,6 +6,7 @@ from functools import partial
 from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
+from l2t_jax.students.modules import from_equinox, from_haiku, from_nnx
 from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.resnet import resnet
 from l2t_jax.students.translators import lstm, lstm_small, transformer, transformer_small
@@ -32,7 +33,10 @@ STUDENTS: dict[str, Callable[..., Student]] = {
 
 __all__ = [
     "STUDENTS",
+    "from_equinox",
+    "from_haiku",
     "from_linen",
+    "from_nnx",
     "lenet",
     "lstm",
     "lstm_small",

@@ -46,13 +46,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
     initial = jax.jit(lambda key, inputs: module.init(key, inputs, False))
 
     def init(key: Key, inputs: Array) -> dict[str, PyTree]:
-        given = jax.tree.leaves(inputs)[0].dtype
-        if given not in (jnp.int32, jnp.int64) and not jnp.issubdtype(given, jnp.floating):
-            raise ValueError(
-                f"inputs are {given}: expected floats, or int32 ids for a student that embeds them. Pixels are "
-                "normalised first, (x - mean) / std."
-            )
-        dtype = given if jnp.issubdtype(given, jnp.floating) else jnp.result_type(float)
+        dtype = float_type(inputs)
         variables = jax.tree.map(lambda leaf: leaf.astype(dtype), initial(key, inputs))
         return {"params": variables["params"], "batch_stats": variables.get("batch_stats", {})}
 
@@ -63,8 +57,7 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
         if not train or not old:
             return cast(Array, module.apply(variables, inputs, train, *drawn)), old
         outputs, updated = module.apply(variables, inputs, True, *drawn, mutable=["batch_stats"])
-        # linen reduces half precision in float32; the carry of a scan keeps its dtype.
-        return outputs, jax.tree.map(lambda a, b: a.astype(b.dtype), updated["batch_stats"], old)
+        return outputs, as_before(updated["batch_stats"], old)
 
     def head(variables: dict[str, PyTree], inputs: Array, train: bool, keys: Key | None = None) -> tuple[Head, PyTree]:
         features: list[Array] = []
@@ -85,6 +78,26 @@ def from_linen(module: nn.Module, *, draws: bool = False) -> Student:
         return Head(features[0], last["kernel"], last["bias"]), stats
 
     return Student(init, apply, head, draws)
+
+
+def float_type(inputs: PyTree) -> Any:
+    """The dtype of a student's parameters: that of its inputs, or that of Python's floats where these are ids.
+
+    Raises:
+      ValueError: they are neither floats nor ids.
+    """
+    given = jax.tree.leaves(inputs)[0].dtype
+    if given not in (jnp.int32, jnp.int64) and not jnp.issubdtype(given, jnp.floating):
+        raise ValueError(
+            f"inputs are {given}: expected floats, or int32 ids for a student that embeds them. Pixels are "
+            "normalised first, (x - mean) / std."
+        )
+    return given if jnp.issubdtype(given, jnp.floating) else jnp.result_type(float)
+
+
+def as_before(stats: PyTree, old: PyTree) -> PyTree:
+    """New statistics in the dtypes of the old: half precision is reduced in float32, and a scan's carry keeps its."""
+    return jax.tree.map(lambda new, before: new.astype(before.dtype), stats, old)
 
 
 def dropout(x: Array, rate: float, keys: Key | None, place: int, *, channels: bool = False) -> Array:
