@@ -237,8 +237,6 @@ def open_run(
     return run
 
 
-
-
 def _plain(obj: Any) -> Any:
     """`obj` in terms of what strict JSON has."""
     if obj is None or isinstance(obj, bool | int | str):

@@ -18,7 +18,7 @@ from l2t_jax.data import DataError, Dataset, at, hold_out, require
 from l2t_jax.data.files import in_a_line, read_clean, read_labels
 from l2t_jax.data.imbalance import with_imbalance
 from l2t_jax.data.noise import with_noise
-from l2t_jax.data.order import Blocks, Plan
+from l2t_jax.data.order import Blocks, Plan, split_sizes
 from l2t_jax.inputs import as_arrays, check_carried
 from l2t_jax.knobs import knobs_for, knobs_of
 from l2t_jax.methods import TAUGHT, UNWEIGHTED, build_method
@@ -310,16 +310,21 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
     if task is not None and task.together > 1 and strata is not None:
         blocks = Blocks(strata(dataset), task.together, task.apart)
     stages, apart = STAGES[settings.second_stage], dataset.meta > 0 or (blocks is not None and blocks.apart)
+    validation_ratio = dataset.meta / examples if dataset.meta else settings.validation_ratio
     try:
+        # With teach_every a round may have more validation batches than the part has; they are read again then.
+        again = (
+            stages * settings.teach_every * settings.validation_batch_size > split_sizes(examples, validation_ratio)[1]
+        )
         plan = Plan(
             rounds=1,
             unroll_length=settings.unroll_length,
             batch_size=settings.batch_size,
             validation_batch_size=settings.validation_batch_size,
-            validation_ratio=dataset.meta / examples if dataset.meta else settings.validation_ratio,
+            validation_ratio=validation_ratio,
             examples=examples,
             stages=stages * settings.teach_every,
-            epoch_stages=stages if apart else None,  # a meta set is read again and again
+            epoch_stages=stages if apart or again else None,  # a meta set is read again and again
             meta_trains=config.train_on_clean,
             fixed_split=apart,
             blocks=blocks,
