@@ -12,7 +12,11 @@ ROOT = Path(__file__).parents[1]
 PAGE = (ROOT / "docs" / "structure.md").read_text()
 LAYERS = tuple(set(re.findall(r"`(\w+)`", row)) for row in re.findall(r"^\| \d+ \| ([^|]*) \|", PAGE, re.MULTILINE))
 DOORS = {
+    "equinox": ("modules.py",),
+    "haiku": ("modules.py",),
     "orbax": ("checkpoints.py",),
+    "pandas": ("frames.py",),
+    "tensorboardX": ("hooks.py",),
     "matplotlib": ("plots.py", "image_panels.py"),
     "tensorflow_datasets": ("tfds.py",),
     "rich": ("progress.py", "reporting.py"),

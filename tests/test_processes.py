@@ -59,13 +59,18 @@ def assert_close(found, reference):
         np.testing.assert_allclose(found[key], values, rtol=2e-4, err_msg=str(key))
 
 
-def test_two_processes_give_the_numbers_of_one_and_resume_on_one(alone, tmp_path):
-    workdir = tmp_path / "run"
-    with together(workdir, 2, "--devices=4") as processes:
+def test_two_processes_give_the_numbers_of_one_and_resume_on_one(alone, tmp_path, monkeypatch):
+    workdir, given = tmp_path / "run", tmp_path / "given.txt"
+    (tmp_path / "mine_of_two.py").write_text(
+        f"def on_row(row):\n    open({str(given)!r}, 'a').write(row['method'] + str(row['round']) + '\\n')\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    with together(workdir, 2, "--devices=4", "--on_row=mine_of_two:on_row") as processes:
         outputs = finished(*processes)
     assert [code for *_, code in outputs] == [0, 0], outputs
     assert_close(metrics(workdir), alone)
     assert len(Metrics.read(workdir / "metrics.jsonl")) == len(alone)
+    assert given.read_text().split() == [f"{method}{number}" for method, number in alone]  # told by one of them
     assert "Files:" in outputs[0][0] and "Files:" not in outputs[1][0] and "round" not in outputs[1][1]
     summary = (workdir / "summary.json").read_bytes()
     execute(command(workdir, "--resume", "--devices=2"), check=True, cwd=ROOT)

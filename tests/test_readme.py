@@ -25,8 +25,9 @@ SUSPECTS = ROOT / "experiments" / "results" / "digits_flips_suspects.json"
 RECORDS = sorted(set(SUSPECTS.parent.glob("digits_*.json")) - {SUSPECTS})
 README = (ROOT / "README.md").read_text()
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-for name in ("learned_loss", "extending"):  # which have tests of their own; half of the former needs PyTorch
-    PAGES.remove(ROOT / "docs" / f"{name}.md")
+# Whose examples run in tests of their own; half of the first needs PyTorch.
+for _name in ("learned_loss", "extending", "interfaces", "reading_results"):
+    PAGES.remove(ROOT / "docs" / f"{_name}.md")
 RESULTS_PAGE = (ROOT / "docs" / "results.md").read_text()
 
 

@@ -23,7 +23,6 @@ from l2t_jax.runs.records import (
     open_run,
     read_record,
     save_arrays,
-    tensorboard_writer,
     write_json,
     write_record,
 )
@@ -307,18 +306,3 @@ def test_arrays_round_trip(tmp_path: Path) -> None:
 def test_arrays_with_one_name_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the same path"):
         save_arrays(tmp_path / "a.npz", {"a/b": jnp.ones(1), "a": {"b": jnp.ones(1)}})
-
-
-@pytest.mark.versions
-def test_tensorboard_writes_events(tmp_path: Path) -> None:
-    pytest.importorskip("tensorboardX")
-    writer = tensorboard_writer(tmp_path, purge_step=3)
-    writer.add_scalar("error", 0.5, 3)
-    writer.close()
-    assert [path.name.startswith("events.") for path in tmp_path.iterdir()] == [True]
-
-
-def test_tensorboard_that_is_absent_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "tensorboardX", None)
-    with pytest.raises(ImportError, match=r"pip install l2t_jax\[tensorboard\]"):
-        tensorboard_writer(tmp_path)

@@ -14,6 +14,8 @@ PART = {
     "absl-py": "test_experiments",
     "build": "test_packaging",
     "chex": "test_hypergradient",
+    "dm-haiku": "test_interfaces",
+    "equinox": "test_interfaces",
     "faster-coco-eval": "test_suppression",
     "flax": "test_students",
     "hypothesis": "test_bad_input",
@@ -24,6 +26,7 @@ PART = {
     "numpy": "test_released_anchor",
     "optax": "test_released_anchor",
     "orbax-checkpoint": "test_checkpoints",
+    "pandas": "test_reading",
     "pillow": "test_data",
     "pytest": "test_versions",
     "pytest-xdist": "test_versions",
@@ -35,7 +38,7 @@ PART = {
     "scipy": "test_compare",
     "sentencepiece": "test_translation",
     "setuptools": "test_packaging",
-    "tensorboardX": "test_records",
+    "tensorboardX": "test_hooks",
     "tensorflow-datasets": "test_data",
 }
 

@@ -121,12 +121,11 @@ def tensorboard(folder: Path) -> Hook:
 
         run = row["method"], row["seed"]
         if run not in boards:
-            # A killed process may have written more rows than it could say: these are hidden.
             where = folder / row["method"] / f"seed_{row['seed']}"
-            boards[run] = SummaryWriter(str(where), purge_step=row["round"])
+            # A killed process may have written more rows than given.json has: these are hidden.
+            boards[run] = SummaryWriter(str(where), purge_step=row["round"], flush_secs=1)
         for name in set(row) - {"method", "seed", "round", "epoch", "finite"}:
             boards[run].add_scalar(name, row[name], row["round"])
-        boards[run].flush()
 
     return on_row
 

@@ -232,13 +232,24 @@ def build_student(
         student = own or _named_student(config, task, axis_name)
         inputs = seen_by(student, _zeros(example.inputs))
         outputs = _tried(student, inputs, training=own is not None)
+        shape = getattr(outputs, "shape", None)  # a tree has none
+        if own is not None and TASKS[config.task].classes and shape and shape[-1] != task.outputs:
+            raise ValueError(f"it puts out {list(shape)}, expected {task.outputs} numbers, one for each class.")
     except Exception as error:  # what is for one kind of inputs may fail in any way for another
-        told = str(error) if isinstance(error, ValueError) else f"it cannot read its inputs ({in_a_line(error)})."
+        told = (
+            " ".join(str(error).split())
+            if isinstance(error, ValueError)
+            else f"it cannot read its inputs ({in_a_line(error)})."
+        )
         raise UsageError(f"{called} does not fit --dataset={config.dataset}: {told}{hint}") from error
     try:
         jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
     except Exception as error:  # what is for one kind of outputs may fail in any way for another
-        told = str(error) if isinstance(error, ValueError) else f"what it puts out cannot be read ({in_a_line(error)})."
+        told = (
+            " ".join(str(error).split())
+            if isinstance(error, ValueError)
+            else f"what it puts out cannot be read ({in_a_line(error)})."
+        )
         raise UsageError(f"{called} does not fit --task={config.task}: {told}{hint}") from error
     return student
 
