@@ -169,10 +169,10 @@ def test_an_equinox_module_draws_by_the_keys_of_its_examples():
     assert variables["batch_stats"]["module/order"].dtype == jnp.int32
     both, stats = student.apply(variables, x, True, keys)
     parts = [student.apply(variables, x[at], True, keys[at])[0] for at in (slice(2), slice(2, 6))]
-    np.testing.assert_allclose(both, jnp.concatenate(parts), rtol=1e-6)  # however a batch is divided
+    np.testing.assert_allclose(both, jnp.concatenate(parts), rtol=1e-5, atol=1e-6)  # however a batch is divided
     assert not np.allclose(both, student.apply(variables, x, True, keys[::-1])[0])
     still, _ = student.apply(variables, x, False)
-    np.testing.assert_allclose(still, jax.vmap(eqx.nn.inference_mode(Wide(KEY)))(x), rtol=1e-6)
+    np.testing.assert_allclose(still, jax.vmap(eqx.nn.inference_mode(Wide(KEY)))(x), rtol=1e-5, atol=1e-6)
     assert jax.tree.structure(stats) == jax.tree.structure(variables["batch_stats"])
 
 

@@ -3,6 +3,7 @@
 import ast
 from pathlib import Path
 
+import pytest
 from kernel import kernel
 
 from l2t_jax.runs.records import Metrics
@@ -18,6 +19,7 @@ few = dict(student_knobs={"width": 8}, unroll_length=2, workdir="run")
 """
 
 
+@pytest.mark.versions
 def test_a_cell_shows_one_line_that_changes_and_an_interrupt_says_how_to_go_on(tmp_path):
     interrupted = []
 

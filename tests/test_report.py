@@ -36,10 +36,9 @@ def lines(*arguments, **given):
 
 def private(text):
     """Whether a text names a place, the machine or who works on it."""
-    there = {str(ROOT), str(Path.home()), JANE, "jane", platform.node()}
-    user = getpass.getuser()
-    words = {user} if user not in ("root", "user", "test") else set()
-    return [word for word in there | words if len(word) > 2 and word in text]
+    of_tests = [str(ROOT), str(Path.home()), JANE, "jane"]
+    here = [name for name in (platform.node(), getpass.getuser()) if len(name) > 5]  # shorter ones are words too
+    return [name for name in (*of_tests, *here) if name in text]
 
 
 def test_what_it_says():

@@ -20,6 +20,7 @@ PART = {
     "flax": "test_students",
     "hypothesis": "test_bad_input",
     "importlib_resources": "test_data",
+    "ipykernel": "test_notebook",
     "jax": "test_hypergradient",
     "jaxlib": "test_hypergradient",
     "matplotlib": "test_plots",
