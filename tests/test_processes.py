@@ -78,6 +78,21 @@ def test_two_processes_give_the_numbers_of_one_and_resume_on_one(alone, tmp_path
     assert_close(metrics(workdir), alone)
 
 
+def test_two_processes_go_on_for_longer(tmp_path):
+    """With a second seed; as one process that was asked for all of it at once."""
+    flags = ("--preset=residual", "--method=l2t_dln")
+    execute(command(tmp_path / "whole", *flags, "--seeds=0,1"), check=True, cwd=ROOT)
+    for more in (("--rounds=2",), ("--seeds=0,1", "--resume")):
+        with together(tmp_path / "run", 2, "--devices=2", *flags, "--seeds=1,", *more) as processes:
+            outputs = finished(*processes)
+        assert [code for *_, code in outputs] == [0, 0], outputs
+    assert "going on with what is there: 4 rounds in place of 2, new seeds 0" in outputs[0][1]
+    assert_close(metrics(tmp_path / "run"), metrics(tmp_path / "whole"))
+    rows = [Metrics.read(tmp_path / name / "metrics.jsonl") for name in ("run", "whole")]
+    at = [[(row["method"], row["seed"], row["round"]) for row in found] for found in rows]
+    assert at[0] == at[1]
+
+
 @pytest.mark.versions
 def test_a_directory_in_use_ends_all_processes(tmp_path):
     workdir = tmp_path / "run"
