@@ -85,6 +85,7 @@ NEW = (
 # What a run makes of it
 
 FEW = (
+    "--preset=residual",
     "--task=regression",
     "--width=8",
     "--dropout=0.2",
