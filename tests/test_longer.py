@@ -156,6 +156,8 @@ def test_killed_after_any_write_the_same_command_goes_on(brief, tmp_path, what):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(place, name, killed)
         run(tmp_path / "run", *flags, code=130)
+    if what == "teacher":  # that of 2 rounds is no longer there, nor yet that of 4
+        assert not list((tmp_path / "run/teachers").iterdir())
     run(tmp_path / "run", *flags)
     assert_same(tmp_path / "run", brief / "long")
 
