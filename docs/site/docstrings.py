@@ -41,6 +41,8 @@ def fenced(text: str) -> str:
             inside = code
         if LEAD.match(line):
             lines += ["", LEAD.sub(r"**\1:** ", line)]
+        elif SECTION.match(line):  # seen by the parser after an empty line
+            lines += ["", line]
         else:
             lines.append(line[2:] if code else line)
     return "\n".join([*lines, "```"] if inside else lines)
