@@ -104,6 +104,14 @@ def test_a_directory_in_use_ends_all_processes(tmp_path):
     assert second[2] == 2 and "process 0 stopped; its message says why" in second[1]
 
 
+@pytest.mark.parametrize("platform", ["nonsense", "cuda"])  # of the latter JAX says nothing where it is not installed
+def test_no_device_is_one_line(tmp_path, monkeypatch, platform):
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    done = execute(command(tmp_path / "run"), cwd=ROOT)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: no device starts with JAX_PLATFORMS={platform} (")
+
+
 @pytest.mark.parametrize("lost", [0, 1])
 def test_a_lost_process_ends_the_run(tmp_path, lost):
     workdir = tmp_path / "run"

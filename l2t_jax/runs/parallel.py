@@ -90,7 +90,7 @@ def start(
         Kubernetes, Cloud TPU); None is a run of one process.
       processes, process: how many there are and which this is, from 0 on; both with a HOST:PORT only.
     Raises:
-      ParallelError: the three do not fit, or the processes do not find each other.
+      ParallelError: the three do not fit, the processes do not find each other, or no device starts.
     """
     explicit = coordinator not in (None, "auto")
     if explicit != (processes is not None) or explicit != (process is not None):
@@ -107,13 +107,20 @@ def start(
             jax.config.update("jax_num_cpu_devices", simulated)
         except RuntimeError as error:
             raise ParallelError("devices must be chosen before the first of them is used.") from error
-    if coordinator is None:
-        return
+    if coordinator is not None:
+        try:
+            # All three are None where the cluster says what they are.
+            jax.distributed.initialize(coordinator if explicit else None, processes, process)
+        except (RuntimeError, ValueError) as error:
+            raise ParallelError(f"the processes did not find each other ({_first_line(error)}).") from error
     try:
-        # All three are None where the cluster says what they are.
-        jax.distributed.initialize(coordinator if explicit else None, processes, process)
-    except (RuntimeError, ValueError) as error:
-        raise ParallelError(f"the processes did not find each other ({_first_line(error)}).") from error
+        jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter where JAX_PLATFORMS names what is not installed
+        why = "it is not installed" if isinstance(error, AssertionError) else _first_line(error)
+        raise ParallelError(
+            f"no device starts with JAX_PLATFORMS={os.environ.get('JAX_PLATFORMS', '')} ({why}): unset it, or give "
+            "cpu; python -m l2t_jax says what is there."
+        ) from error
 
 
 def layout_of(seeds: int, devices: int, shard: str, seeds_at_once: int | None) -> Layout:
