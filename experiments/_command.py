@@ -16,6 +16,7 @@ from l2t_jax.runs.records import WorkdirError
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, enable_compilation_cache, prepare
 from l2t_jax.runs.training import StoppedError
+from l2t_jax.tasks import TASKS
 
 Main = Callable[[list[str]], None]  # of the arguments that are left, which are none
 
@@ -102,7 +103,8 @@ def run_one(config: Config, options: Options) -> int:
     setting, entries = build_setting(config, options, prepare(config, options))
     code = run_entries(setting, entries)
     if parallel.is_leader():
-        print("Next: your own data by --dataset=PATH, other methods by --method=NAME,NAME, all flags by --help.")
+        own = "your own data by --dataset=PATH, " if TASKS[config.task].open else ""
+        print(f"Next: {own}other methods by --method=NAME,NAME, all flags by --help.")
     return code
 
 

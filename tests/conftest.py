@@ -7,7 +7,7 @@ from pathlib import Path
 
 from xla_flags import CACHE, known_flags
 
-# Before jax is imported. The second run of the suite is merge_rounds times faster.
+# Before jax is imported. The second run of the suite is several times faster.
 os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", str(CACHE / "xla"))
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.1")
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES", "0")

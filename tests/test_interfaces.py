@@ -1,6 +1,5 @@
 """Students of other libraries: what docs/interfaces.md makes of them is what the libraries themselves compute."""
 
-import re
 import sys
 from pathlib import Path
 
@@ -13,6 +12,7 @@ import optax
 import pytest
 import toy
 from flax import nnx
+from pages import run_page
 
 from l2t_jax import from_arrays, train
 from l2t_jax.hypergradient import hypergradient
@@ -32,15 +32,8 @@ X, Y = RANDOM.integers(0, 17, (400, 8, 8, 1)).astype(np.uint8), np.arange(400) %
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """What a reader has who ran the page: its names, and the folder it left."""
-    names, folder = {}, tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(reporting, "draw", lambda *_: None)
-        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-            short = block.replace("rounds=20,", 'rounds=2, unroll_length=2, memory="save",')
-            exec(compile(short, PAGE.name, "exec"), names)
-    return names | {"folder": folder}
+    short = 'rounds=2, unroll_length=2, memory="save",'
+    return run_page(PAGE, tmp_path_factory.mktemp("page"), short, long="rounds=20,")
 
 
 def images(seed, *shape):

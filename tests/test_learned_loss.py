@@ -1,19 +1,19 @@
 """What the page docs/learned_loss.md reads of a run without the library gives the library's numbers."""
 
 import json
-import re
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from pages import blocks_of
 
 from l2t_jax.losses import build_loss
 from l2t_jax.runs.records import save_arrays, write_json
 
 PAGE = (Path(__file__).parents[1] / "docs" / "learned_loss.md").read_text()
-NUMPY, TORCH = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+NUMPY, TORCH = blocks_of(PAGE)
 FORMS = [
     {"form": form, "squash": squash, "reduction": reduction, "residual": residual, "compress": compress}
     for form, squash, reduction, residual, compress in (

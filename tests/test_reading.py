@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pages import run_page
 
 import l2t_jax
 from l2t_jax import read_run
-from l2t_jax.runs import reporting
 from l2t_jax.runs.records import Metrics, WorkdirError, write_json
 
 pd = pytest.importorskip("pandas")
@@ -19,15 +19,8 @@ PAGE = Path(__file__).parents[1] / "docs" / "reading_results.md"
 
 @pytest.fixture(scope="module")
 def page(tmp_path_factory):
-    """What a reader has who ran the page: its names, and the folder it left."""
-    names, folder = {}, tmp_path_factory.mktemp("page")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        patch.setattr(reporting, "draw", lambda *_: None)
-        for block in re.findall(r"```python\n(.*?)```", PAGE.read_text(), re.DOTALL):
-            short = block.replace("rounds=40,", 'rounds=3, unroll_length=2, memory="save", student_knobs={"width": 8},')
-            exec(compile(short, PAGE.name, "exec"), names)
-    return names | {"folder": folder}
+    short = 'rounds=3, unroll_length=2, memory="save", student_knobs={"width": 8},'
+    return run_page(PAGE, tmp_path_factory.mktemp("page"), short, long="rounds=40,")
 
 
 @pytest.mark.versions

@@ -1,11 +1,14 @@
 """The examples of README and docs run as they are written, one after the other, as a reader would paste them."""
 
+import importlib
 import json
 import re
 from pathlib import Path
 
 import pytest
+from absl import flags
 from absl.testing import flagsaver
+from pages import blocks_of
 from sklearn.datasets import load_digits
 
 from experiments import _flags, classification, compare, replication
@@ -42,10 +45,6 @@ def registries():
         registry.update(entries)
 
 
-def blocks_of(text):
-    return re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-
-
 @pytest.mark.versions
 def test_python_examples_run(registries, tmp_path, monkeypatch):
     blocks = blocks_of(README)
@@ -73,6 +72,30 @@ def test_readme_is_short():
 
 
 @pytest.mark.results
+def test_the_picture_of_readme_is_of_its_first_command():
+    record = read_record(ROOT / "experiments" / "results" / "first_command.json")
+    assert record["command"].startswith("python -m experiments.noisy_labels --workdir=")  # and no other flag
+    assert record["command"].count("--") == 1 and record["environment"]["git"]["dirty"] is False
+    wrong, meta = (record["config"][name] for name in ("wrong_labels", "meta"))
+    assert f"{100 * wrong:.0f} % of the digits' training labels are wrong, and {meta} are known to be right" in README
+
+
+COMMANDS = sorted(
+    {
+        (page.relative_to(ROOT).as_posix(), " ".join(command.replace("\\\n", " ").split()))
+        for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
+        for command in re.findall(r"python -m (experiments\.(?:[^`\n]|\\\n)*)", page.read_text())
+    }
+)
+
+
+@pytest.mark.parametrize("page, command", COMMANDS)
+def test_commands_of_pages_have_modules_and_flags(page, command):
+    module = importlib.import_module(command.split()[0])
+    known = {flag.name for flag in flags.FLAGS.get_key_flags_for_module(module)}
+    assert set(re.findall(r"--(\w+)", command)) - {"help"} <= known
+
+
 def test_the_table_of_readme_is_of_the_evidence():
     """Some rows and columns of it, letter for letter."""
     lines = (ROOT / "experiments" / "results" / "evidence" / "table.md").read_text().splitlines()

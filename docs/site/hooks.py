@@ -129,12 +129,8 @@ def _method(name: str) -> str:
         lines += ["| knob | default | what it is |", "|---|---|---|"]
         lines += [f"| `--set={name}.{knob}=` | {value.default} | {value.text} |" for knob, value in knobs.items()]
         lines += [""]
-    elif name in METHODS:
-        lines += [
-            "Its settings are rows of the preset's [sheet](../source/l2t_jax/presets.py.md)."
-            if name == "l2t_dln"
-            else ""
-        ]
+    elif name == "l2t_dln":
+        lines += ["Its settings are rows of the preset's [sheet](../source/l2t_jax/presets.py.md)."]
     lines += ["", f"::: l2t_jax.{_documented(name)}", ""]
     found = [(group, value) for (group, method), value in PUBLISHED.items() if method == name]
     if found:
@@ -188,6 +184,6 @@ def _api() -> Iterator[tuple[str, str]]:
             continue
         name = ".".join(part for part in parts if part != "__init__")
         yield f"api/{name}.md", f"# {name}\n\n::: {name}\n    options:\n      show_root_heading: false\n"
-        first = re.match(r'"""(.*)', path.read_text())
-        index.append(f"- [`{name}`]({name}.md): {first[1].rstrip() if first else ''}")
-    yield "api/index.md", "\n".join(index).replace('"""', "") + "\n"
+        first = re.match(r'"""(.*?)("""|\n)', path.read_text())
+        index.append(f"- [`{name}`]({name}.md): {first[1] if first else ''}")
+    yield "api/index.md", "\n".join(index) + "\n"

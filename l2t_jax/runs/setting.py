@@ -236,22 +236,19 @@ def build_student(
         if own is not None and TASKS[config.task].classes and shape and shape[-1] != task.outputs:
             raise ValueError(f"it puts out {list(shape)}, expected {task.outputs} numbers, one for each class.")
     except Exception as error:  # what is for one kind of inputs may fail in any way for another
-        told = (
-            " ".join(str(error).split())
-            if isinstance(error, ValueError)
-            else f"it cannot read its inputs ({in_a_line(error)})."
-        )
+        told = _told(error, "it cannot read its inputs")
         raise UsageError(f"{called} does not fit --dataset={config.dataset}: {told}{hint}") from error
     try:
         jax.eval_shape(lambda outputs, batch: errors_of(task, outputs, batch), outputs, example)
     except Exception as error:  # what is for one kind of outputs may fail in any way for another
-        told = (
-            " ".join(str(error).split())
-            if isinstance(error, ValueError)
-            else f"what it puts out cannot be read ({in_a_line(error)})."
-        )
+        told = _told(error, "what it puts out cannot be read")
         raise UsageError(f"{called} does not fit --task={config.task}: {told}{hint}") from error
     return student
+
+
+def _told(error: Exception, failed: str) -> str:
+    """What a ValueError says, as it is meant for the user; of another error that something failed by it."""
+    return " ".join(str(error).split()) if isinstance(error, ValueError) else f"{failed} ({in_a_line(error)})."
 
 
 def _require_knobs(config: Config) -> None:
