@@ -8,7 +8,16 @@ import pytest
 from matplotlib.image import imread
 from mpl_toolkits.mplot3d import Axes3D
 
-from l2t_jax.runs.plots import ablation, costs, default_window, learning_curves, loss_surfaces, norms, running_median
+from l2t_jax.runs.plots import (
+    ablation,
+    costs,
+    default_window,
+    learning_curves,
+    loss_surfaces,
+    norms,
+    overview,
+    running_median,
+)
 
 pytestmark = pytest.mark.versions
 
@@ -164,3 +173,16 @@ def test_curves_of_both_signs_over_decades(tmp_path):
     (axes,) = figure.axes
     assert axes.get_yscale() == "symlog" and axes.yaxis.get_transform().linthresh == 0.1
     np.testing.assert_array_equal(axes.lines[-1].get_ydata(), y[0])
+
+
+@pytest.mark.parametrize("count", [1, 3, 15])
+def test_an_overview_has_room_for_its_legend(tmp_path: Path, count: int) -> None:
+    """Below the curves and within the picture, however many names there are, and long ones."""
+    curves = {f"generalized cross entropy + clean {i}": (np.arange(3.0), np.ones((2, 3))) for i in range(count)}
+    figure = overview(tmp_path / "a.png", {"one": curves, "two": curves}, [("end", np.eye(5))], title="all")
+    legend, whole = figure.legends[0].get_window_extent(), figure.bbox
+    assert len(figure.legends[0].get_texts()) == count and len(figure.axes) == 3
+    assert whole.x0 <= legend.x0 and legend.x1 <= whole.x1 and whole.y0 <= legend.y0
+    assert all(legend.y1 < axes.xaxis.label.get_window_extent().y0 for axes in figure.axes[:2])
+    with pytest.raises(ValueError, match="nothing to draw"):
+        overview(tmp_path / "b.png", {}, [], title="none")

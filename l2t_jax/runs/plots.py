@@ -22,6 +22,7 @@ from l2t_jax.types import Array
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _STYLES = ("-", "--", ":", "-.")  # a second round of the colours is dashed
 _CELL = (3.4, 3.7)  # inches of one surface; 0.6 of the width are for the labels of its z axis
+_PANEL = 4.4  # inches of a panel of curves beside others
 _FEW = 6  # curves whose legend has room among them
 _MOST_POINTS = 2000  # a line has no more, since a picture has no more pixels
 
@@ -128,12 +129,15 @@ def overview(
     """
     if not panels and not surfaces:
         raise ValueError("There is nothing to draw: give at least one panel or surface.")
-    widths = [4.4] * len(panels) + [_CELL[0]] * len(surfaces)
-    figure = Figure(figsize=(sum(widths), 4.2))
     names = list(dict.fromkeys(name for curves in panels.values() for name in curves))
+    wide = _PANEL * len(panels) + _CELL[0] * len(surfaces)
+    columns = max(1, int(_PANEL * len(panels) / (0.6 + 0.07 * max(map(len, names), default=1))))
+    below = 0.75 + 0.2 * math.ceil(len(names) / columns)  # inches of the legend and of what the x axis says
+    high = 3.1 + below
+    figure = Figure(figsize=(wide, high))
     legend: dict[str, Any] = {}
     for place, (label, curves) in enumerate(panels.items()):
-        axes = figure.add_axes(((4.4 * place + 0.75) / sum(widths), 0.27, 3.5 / sum(widths), 0.58))
+        axes = figure.add_axes(((_PANEL * place + 0.75) / wide, below / high, 3.5 / wide, 2.5 / high))
         for name, (x, y) in curves.items():
             x, y = _checked(name, x, y)
             _curve(axes, name, x, y, default_window(x.size), names.index(name), 0.18)
@@ -142,12 +146,13 @@ def overview(
         _frame(axes)
         legend |= dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
     for place, (name, values) in enumerate(surfaces):
-        left = 4.4 * len(panels) + place * _CELL[0]
-        axes = figure.add_axes((left / sum(widths), 0.1, (_CELL[0] - 0.6) / sum(widths), 0.74), projection="3d")
+        left = _PANEL * len(panels) + place * _CELL[0]
+        axes = figure.add_axes((left / wide, 0.1, (_CELL[0] - 0.6) / wide, 0.74), projection="3d")
         _surface(axes, name, np.asarray(values, np.float64))
     if legend:
-        at = (2.2 * len(panels) / sum(widths), 0.01)
-        figure.legend(legend.values(), legend, loc="lower center", bbox_to_anchor=at, ncols=4, frameon=False)
+        at = (_PANEL * len(panels) / 2 / wide, 0.01)
+        how = {"ncols": columns, "fontsize": "small", "frameon": False}
+        figure.legend(legend.values(), legend, loc="lower center", bbox_to_anchor=at, **how)
     figure.suptitle(title, y=0.98)
     return write(figure, path)
 
