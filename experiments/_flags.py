@@ -96,7 +96,8 @@ flags.DEFINE_string(
     "clean",
     None,
     "FILE that names the training examples that are known to be right, which then measure the validation error: a .csv "
-    "with a column index, an .npy, or an array of an .npz as FILE:NAME.",
+    "with a column index, an .npy, or an array of an .npz as FILE:NAME. Or how many to draw, as many of each class, "
+    "where all true labels are known (beside --labels these are the set's own); they get their true labels.",
 )
 flags.DEFINE_bool(
     "train_on_clean",

@@ -2,7 +2,7 @@ r"""What is teaching worth on these data? Methods with rates of their own, at eq
 
   python -m experiments.worth --noise=flip2 --noise_ratio=0.4
   python -m experiments.worth --dataset=mine.npz --student=mlp --rounds=144
-  python -m experiments.worth --dataset=cifar10 --data_dir=DIR --labels=cifar10n.npz:worse_label --clean=clean.npy \
+  python -m experiments.worth --dataset=cifar10 --data_dir=DIR --labels=cifar10n.npz:worse_label --clean=1000 \
     --student=lenet --rounds=800 --method=cross_entropy,generalized_cross_entropy,l2t_dln --workdir=runs/worth_cifar10n
 
 For data with wrong labels and some clean examples. Methods that read no validation error are trained on the clean

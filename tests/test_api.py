@@ -291,6 +291,8 @@ def test_given_labels_stay_as_they_are(files):
     rows = list(csv.DictReader((files / "b" / "examples.csv").open()))
     assert len(rows) == 300 and not {int(row["index"]) for row in rows} & set(np.load(files / "clean.npy").tolist())
     assert launch(noisy_labels, *given, f"--workdir={files}/a", "--resume") == 0
+    assert launch(noisy_labels, *given, "--clean=100", "--validation_batch_size=50", f"--workdir={files}/c") == 0
+    assert summary_of(files / "c")["config"]["meta"] == 100
 
 
 def test_own_data_are_not_corrupted_unless_that_is_asked_for(files):
@@ -323,6 +325,13 @@ def test_own_data_are_not_corrupted_unless_that_is_asked_for(files):
         (classification, ("--labels={}/none.npy",), "none.npy is not there"),
         (classification, ("--labels={}/labels.npz:better",), "holds worse: say which"),
         (classification, ("--clean={}/none.npy",), "none.npy is not there"),
+        (classification, ("--clean=100",), "--clean=100: mine: true labels are not known: give a file"),
+        (noisy_labels, ("--labels={}/labels.npz:worse", "--clean=0"), "--clean=0: mine: none would be clean"),
+        (
+            noisy_labels,
+            ("--labels={}/labels.npz:worse", "--clean=9"),
+            "--clean=9: a meta set of 9 must have",
+        ),
         (classification, ("--dataset={}/none.npz",), "none.npz is not there"),
         (classification, ("--dataset={}/clean.npy",), "is none of a folder, an .npz and a .csv"),
     ],

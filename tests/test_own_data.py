@@ -11,7 +11,7 @@ from l2t_jax.data import DataError, hold_out
 from l2t_jax.data.files import read_clean, read_labels
 from l2t_jax.data.noise import wrong_share
 from l2t_jax.tasks import TASKS, is_path, load
-from l2t_jax.tasks.own import from_arrays, from_csv, from_folder, open_path, with_clean, with_labels
+from l2t_jax.tasks.own import drawn_clean, from_arrays, from_csv, from_folder, open_path, with_clean, with_labels
 
 RANDOM = np.random.default_rng(0)
 N, C = 30, 3
@@ -85,6 +85,22 @@ def test_clean_examples_are_apart_and_last():
         chosen = from_arrays(X, Y, test=(X, Y), clean=which)
         assert chosen.meta == 3 and sorted(chosen.index[-3:]) == [3, 4, 8] and chosen.examples == N
         np.testing.assert_array_equal(chosen.train["inputs"], X[chosen.index])
+
+
+def test_clean_examples_have_their_true_labels_where_these_are_known():
+    wrong = (Y + 1) % 3
+    data = with_clean(with_labels(from_arrays(X, Y, test=(X, Y)), wrong), np.array([3, 4, 8]))
+    expected = np.where(np.isin(np.arange(N), [3, 4, 8]), Y, wrong)
+    np.testing.assert_array_equal(data.train["labels"], expected[data.index])
+
+
+@pytest.mark.parametrize("count", [3, 7])
+def test_so_many_clean_examples_are_drawn_of_each_true_class(count):
+    data = with_labels(hold_out(from_arrays(X, Y, test=(X, Y)), 0.2), (Y + 1) % 3)
+    which = drawn_clean(data, count)
+    assert sorted(np.bincount(Y[which])) == sorted(count // 3 + (c < count % 3) for c in range(3))
+    assert set(which) <= set(data.index) and which.tolist() == drawn_clean(data, count).tolist()
+    assert with_clean(data, which).meta == count
 
 
 def write_csv(path, heads, rows):

@@ -44,7 +44,7 @@ class Config:
     labels: str | None = None  # a file of labels in place of the set's own
     class_weight: str | None = None  # "balanced", or a number for each class; None: all examples count alike
     imbalance: float = 1.0  # training examples of the first class for each of the last; 1: as the set has them
-    clean: str | None = None  # a file that names the training examples that are known to be right
+    clean: str | None = None  # a file of the training examples that are known to be right, or how many
     train_on_clean: bool = False  # the clean examples of a meta set are trained on as well
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
 

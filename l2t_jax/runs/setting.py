@@ -31,7 +31,7 @@ from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
 from l2t_jax.tasks import TASKS, load
-from l2t_jax.tasks.own import with_class_weight, with_clean, with_labels
+from l2t_jax.tasks.own import drawn_clean, with_class_weight, with_clean, with_labels
 from l2t_jax.tasks.reading import behind
 from l2t_jax.types import Array, Batch, How, Key, Loss, Method, MethodState, PyTree, Student, Task, Teacher
 from l2t_jax.unroll import errors_of
@@ -357,15 +357,12 @@ def prepare(config: Config, options: Options) -> Dataset:
     dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
     # Each example is classified, not its pixels.
     labelled = spec.classes and isinstance(dataset.train, dict) and "labels" in dataset.train
-    for flag, file, read, put in (
-        ("labels", config.labels, read_labels, with_labels),
-        ("clean", config.clean, read_clean, with_clean),
-    ):
+    for flag, given, put in (("labels", config.labels, _relabelled), ("clean", config.clean, _with_clean)):
         try:
-            require(file is None or labelled, f"it is of classes of examples, and {dataset.name} has none.")
-            dataset = dataset if file is None else put(dataset, read(file))
+            require(given is None or labelled, f"it is of classes of examples, and {dataset.name} has none.")
+            dataset = dataset if given is None else put(dataset, given)
         except DataError as error:
-            raise DataError(f"--{flag}={file}: {error}") from error
+            raise DataError(f"--{flag}={given}: {error}") from error
     dataset = hold_out(dataset, config.held_out, strata=spec.strata and spec.strata(dataset))
     noise = config.noise
     if noise is not None:
@@ -381,6 +378,15 @@ def prepare(config: Config, options: Options) -> Dataset:
         require(labelled, f"{dataset.name}: class weights are of classes of examples, and this data set has none.")
         dataset = with_class_weight(dataset, config.class_weight)
     return dataset
+
+
+def _relabelled(dataset: Dataset, file: str) -> Dataset:
+    return with_labels(dataset, read_labels(file))
+
+
+def _with_clean(dataset: Dataset, given: str) -> Dataset:
+    which = drawn_clean(dataset, int(given)) if given.isdecimal() else read_clean(given)
+    return with_clean(dataset, which)
 
 
 def enable_compilation_cache() -> None:

@@ -12,6 +12,7 @@ import numpy as np
 
 from l2t_jax.data import DataError, Dataset, hold_out, require
 from l2t_jax.data.files import column_of, image_files, in_a_line, number_in, read_arrays, read_csv, read_images
+from l2t_jax.data.noise import balanced
 from l2t_jax.tasks.classification import Classes, check
 
 HELD_OUT, FEWEST = 0.2, 3  # of the examples of each class, where no test set is given; how many each must have then
@@ -152,8 +153,30 @@ def with_labels(dataset: Dataset, labels: Any) -> Dataset:
     return dataclasses.replace(dataset, train={**dataset.train, "labels": encoded, "true": own})
 
 
+def drawn_clean(dataset: Dataset, count: int) -> np.ndarray:
+    """Which training examples are taken for known to be right, where all true labels are: as many of each class.
+
+    Args:
+      dataset: whose "true" labels differ from those that it is given.
+      count: of examples, within one the same of each class; always the same ones.
+    Returns:
+      indices [count] of the set as it was loaded, for `with_clean`.
+    Raises:
+      DataError: true labels are not known; there are fewer examples than classes, or a class has too few.
+    """
+    require("true" in dataset.train, f"{dataset.name}: true labels are not known: give a file that names the clean.")
+    require(count > 0, f"{dataset.name}: none would be clean: leave it out, or ask for one of each class at least.")
+    assert dataset.index is not None
+    order = np.random.default_rng((0, 5)).permutation(dataset.examples)
+    apart = balanced(dataset.train["true"][order], count, dataset.info.num_classes)
+    chosen: np.ndarray = np.sort(dataset.index[order[apart]])
+    return chosen
+
+
 def with_clean(dataset: Dataset, which: np.ndarray) -> Dataset:
     """Keep the examples that are known to be right apart, to measure the validation error.
+
+    Where true labels are known they take the place of those that were given, of these examples.
 
     Args:
       dataset: without a meta set.
@@ -178,6 +201,9 @@ def with_clean(dataset: Dataset, which: np.ndarray) -> Dataset:
     require(not outside.size, f"{name}: clean example {outside[:1]} is outside 0..{index.max()} ({outside.size} such).")
     apart = np.isin(index, which)
     labels, classes = dataset.train["labels"], dataset.info.num_classes
+    if "true" in dataset.train:
+        labels = np.where(apart, dataset.train["true"], labels)
+        dataset = dataclasses.replace(dataset, train={**dataset.train, "labels": labels})
     for what, part in (("clean", labels[apart]), ("other", labels[~apart])):
         gone = np.setdiff1d(np.arange(classes), part)
         require(not gone.size, f"{name}: class {_name(dataset, gone)} has no {what} example, and each needs one.")
