@@ -71,12 +71,14 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "class_weight": ("x", "1,2", "0,0,0,0,0,0,0,0,0,0", "-1,1,1,1,1,1,1,1,1,1", "nan,1,1,1,1,1,1,1,1,1", " "),
     "imbalance": ("0", "0.5", "-1", "nan", "inf", "x"),
     "train_on_clean": (*NO_SWITCH, "true"),  # true: of the digits none is known to be clean
-    "clean": ("none.npy", f"{__file__}", " "),
+    "clean": ("none.npy", f"{__file__}", " ", "0", "100"),  # 100: the true labels of the digits are not known
     "data_dir": ("/nowhere --dataset=mnist",),
     "download": NO_SWITCH,
     "held_out": ("-0.1", "0.95", "x", "nan"),
     "student": NO_NAME,
     "width": (*NO_COUNT, "8 --student=linear"),
+    "depth": (*(f"{depth} --student=wide_resnet" for depth in (*NO_COUNT, "12")), "8 --student=densenet", "10"),
+    "growth": (*(f"{count} --student=densenet" for count in NO_COUNT), "12", "12 --student=wide_resnet"),
     "dropout": ("1", "-0.1", "x", "nan", "0.5 --student=lenet"),
     "shortcut": (*(f"{name} --student=resnet8" for name in NO_NAME), "b", "b --student=lenet", "b --student=linear"),
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),

@@ -1,5 +1,6 @@
 """What lies in results is in an index, is linked where it is a picture, and can be read."""
 
+import hashlib
 import json
 import math
 import re
@@ -168,6 +169,36 @@ def test_rows_of_metric_learning_are_their_records():
             each = ", ".join(f"{100 * value:.1f}" for value in found["score"]["per_seed"])
             others = [f"{100 * scores[f'recall@{k}']['mean']:.1f}" for k in (10, 100)]
             assert f"| {words} | {score} | {each} | {' | '.join(others)} | {found['wall_time_s']:.0f} |" in text, words
+
+
+def test_rows_of_the_teacher_of_many_lives_are_their_records():
+    """Its own are of the teacher beside them, the others of the tables they are taken from."""
+    folder, mnist, news = RESULTS / "many_lives", RESULTS / "replication_mnist", RESULTS / "worth_noisyag_news"
+    digest = json.loads((folder / "teacher.json").read_text())["sha256"]
+    assert hashlib.sha256((folder / "teacher.npz").read_bytes()).hexdigest() == digest
+    own = [read_record(folder / f"{name}.json") for name in ("clean", "flips", "uniform", "news")]
+    assert all(set(record["config"]["taught_by"].values()) == {digest} for record in own)
+    rates = (0.03, 0.1, 0.3)
+    held_out = {rate: read_record(folder / f"news_held_out_{rate}.json") for rate in rates}
+    accuracy = {rate: record["methods"]["l2t_dln_transfer"]["score"]["mean"] for rate, record in held_out.items()}
+    assert own[3]["config"]["settings"]["student_lr"] == max(accuracy, key=accuracy.__getitem__)
+    rows = {  # name: method, where MNIST's records are, and those of the news
+        "LSTM trained there, frozen": ("l2t_dln_transfer", "lstm_l2t_dln", "l2t_dln_lstm"),
+        "Adam, frozen": ("l2t_dln_transfer", "adam_l2t_dln", "l2t_dln_adam"),
+        "Adam, online": ("l2t_dln", "adam_l2t_dln", "l2t_dln_adam"),
+        "Meta-Weight-Net": ("meta_weight_net", "meta_weight_net", "meta_weight_net"),
+        "generalized cross entropy": 2 * ("generalized_cross_entropy",) + ("and_clean_generalized_cross_entropy",),
+        "cross entropy": 2 * ("cross_entropy",) + ("and_clean_cross_entropy",),
+    }
+    expected = {"taught on many lives, frozen": [(record, "l2t_dln_transfer") for record in own]}
+    for name, (method, there, here) in rows.items():
+        paths = [mnist / "records" / f"mnist_mlp_{labels}{there}.json" for labels in ("", "flip240_", "uniform60_")]
+        paths.append(news / "records" / f"final_noisyag_news_mlp_{here}_144.json")
+        expected[name] = [(read_record(path), method) if path.exists() else None for path in paths]
+    text = (ROOT / "docs" / "trained_teachers.md").read_text()
+    for name, cells in expected.items():
+        told = [shown(c[0]["methods"][c[1]]["score"], c[0]["metric"]).removesuffix(" %") if c else "" for c in cells]
+        assert f"| {name} | {' | '.join(told)} |" in text, (name, told)
 
 
 def test_rows_of_what_teaching_is_worth_are_their_records():

@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from functools import partial
 
+from l2t_jax.students.densenet import densenet
 from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
@@ -10,6 +11,7 @@ from l2t_jax.students.modules import from_equinox, from_haiku, from_nnx
 from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.resnet import resnet
 from l2t_jax.students.translators import lstm, lstm_small, transformer, transformer_small
+from l2t_jax.students.wide_resnet import wide_resnet
 from l2t_jax.students.yolov3 import yolov3, yolov3_tiny
 from l2t_jax.types import Student
 
@@ -19,6 +21,8 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "resnet8": partial(resnet, 8),
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
+    "wide_resnet": wide_resnet,
+    "densenet": densenet,
     "pspnet_small": pspnet_small,
     "pspnet50": partial(pspnet, 50),
     "pspnet101": partial(pspnet, 101),
@@ -33,6 +37,7 @@ STUDENTS: dict[str, Callable[..., Student]] = {
 
 __all__ = [
     "STUDENTS",
+    "densenet",
     "from_equinox",
     "from_haiku",
     "from_linen",
@@ -46,6 +51,7 @@ __all__ = [
     "resnet",
     "transformer",
     "transformer_small",
+    "wide_resnet",
     "yolov3",
     "yolov3_tiny",
 ]

@@ -253,6 +253,18 @@ def _cells(length: int, grid: int) -> np.ndarray:
     return weights
 
 
+def average_pool(x: Array) -> Array:
+    """Average 2x2 windows that do not overlap: [B, H, W, c] -> [B, H // 2, W // 2, c]; what is left over is dropped.
+
+    Raises:
+      ValueError: there is no such window.
+    """
+    b, h, w, c = x.shape
+    if min(h, w) < 2:
+        raise ValueError(f"A feature map is {h}x{w} where 2x2 windows of it are averaged: use larger images.")
+    return x[:, : h - h % 2, : w - w % 2].reshape(b, h // 2, 2, w // 2, 2, c).mean((2, 4))
+
+
 def average_pool_to_grid(x: Array, grid: int) -> Array:
     """Average a feature map over grid x grid equal cells: [B, H, W, c] -> [B, grid, grid, c].
 
@@ -283,6 +295,28 @@ def require_positive(**sizes: int) -> None:
     for name, size in sizes.items():
         if not isinstance(size, int) or size < 1:
             raise ValueError(f"{name}={size!r} is not a positive integer: give {name} at least 1.")
+
+
+def require_depth(depth: int, rest: int) -> None:
+    """Check that a network has `rest` layers beside three equal stages of two or more.
+
+    Raises:
+      ValueError: the depth is not 6n + rest.
+    """
+    if not isinstance(depth, int) or depth < 6 + rest or (depth - rest) % 6:
+        some = ", ".join(str(6 * n + rest) for n in range(1, 6))
+        raise ValueError(f"depth={depth} is not 6n + {rest}: use {some}, ...")
+
+
+def require_probability(**rates: float) -> None:
+    """Check that every named rate can be one of dropout.
+
+    Raises:
+      ValueError: names the first that is not.
+    """
+    for name, rate in rates.items():
+        if not 0 <= rate < 1:
+            raise ValueError(f"{name}={rate!r} is no probability below 1: give a number in [0, 1).")
 
 
 dense = partial(nn.Dense, kernel_init=he_normal)

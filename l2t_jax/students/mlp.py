@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from l2t_jax.students.layers import dropout, from_linen, require_positive
+from l2t_jax.students.layers import dropout, from_linen, require_positive, require_probability
 from l2t_jax.types import Array, Key, Student
 
 _glorot = nn.initializers.glorot_uniform()
@@ -42,6 +42,5 @@ def mlp(*, num_classes: int, width: int = 500, dropout: float = 0.0) -> Student:
     initialisation, which is made for tanh, in both layers, as the papers state none.
     """
     require_positive(num_classes=num_classes, width=width)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r} is no probability below 1: give a number in [0, 1).")
+    require_probability(dropout=dropout)
     return from_linen(MLP(num_classes, width, dropout), draws=dropout > 0)

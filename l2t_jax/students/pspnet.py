@@ -23,6 +23,7 @@ from l2t_jax.students.layers import (
     from_linen,
     max_pool_3x3,
     require_positive,
+    require_probability,
     resize_aligned,
 )
 from l2t_jax.students.state_dicts import in_dtype, read_state_dict, variables_from
@@ -202,8 +203,7 @@ def _student(
 ) -> Student:
     """Put a backbone, with variables if they are `loaded`, and the rest together."""
     require_positive(num_classes=num_classes)
-    if not 0 <= dropout < 1:
-        raise ValueError(f"dropout={dropout!r} is no probability below 1: give a number in [0, 1).")
+    require_probability(dropout=dropout)
     known(f"train {train!r}", train, PARTS)
     if train == "head" and loaded is None:
         raise ValueError("train=head would leave a backbone at random: give its weights, or use train=all.")

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from l2t_jax.inputs import known
-from l2t_jax.students.layers import average_pool_to_grid, batch_norm, conv, from_linen, require_positive
+from l2t_jax.students.layers import average_pool_to_grid, batch_norm, conv, from_linen, require_depth, require_positive
 from l2t_jax.types import Array, Student
 
 SHORTCUTS = ("a", "b")  # zeros, without parameters; a 1x1 convolution
@@ -95,8 +95,7 @@ def resnet(
     Source: He et al. 2016, section 4.2. Which side option A pads is not stated and only permutes channels; the
     zeros come last here. The output layer keeps linen's default initialisation.
     """
-    if depth < 8 or (depth - 2) % 6:
-        raise ValueError(f"depth={depth} is not 6n + 2: use 8, 14, 20, 26, 32, ...")
+    require_depth(depth, 2)
     known(f"shortcut {shortcut!r}", shortcut, SHORTCUTS)
     require_positive(num_classes=num_classes, width=width, head_grid=head_grid)
     return from_linen(ResNet((depth - 2) // 6, num_classes, width, shortcut, head_grid, axis_name))

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from l2t_jax.students.layers import dropout, from_linen, require_positive
+from l2t_jax.students.layers import dropout, from_linen, require_positive, require_probability
 from l2t_jax.types import Array, Key, PyTree, Stepwise, Student
 
 PAD = 0  # the id of padding
@@ -229,8 +229,7 @@ class Recurrent(nn.Module):
 
 
 def _student(module: Any, drops: float) -> Student:
-    if not 0 <= drops < 1:
-        raise ValueError(f"dropout={drops!r} is no probability below 1: give a number in [0, 1).")
+    require_probability(dropout=drops)
     own = lambda variables: {"params": variables["params"]}  # noqa: E731
     stepwise = Stepwise(
         begin=lambda variables, source, steps: module.apply(own(variables), source, steps, method="begin"),
