@@ -14,7 +14,7 @@ from experiments import compare, worth
 from l2t_jax.presets import PRESETS
 from l2t_jax.runs import tables
 from l2t_jax.runs.cells import cell_name
-from l2t_jax.runs.config import Config
+from l2t_jax.runs.config import Config, Noise
 from l2t_jax.runs.records import read_record
 from l2t_jax.runs.texts import shown
 from l2t_jax.types import Metric
@@ -199,6 +199,9 @@ def test_rows_of_the_teacher_of_many_lives_are_their_records():
     for name, cells in expected.items():
         told = [shown(c[0]["methods"][c[1]]["score"], c[0]["metric"]).removesuffix(" %") if c else "" for c in cells]
         assert f"| {name} | {' | '.join(told)} |" in text, (name, told)
+    anew = read_record(folder / "news_cross_entropy.json")
+    assert anew["config"]["dataset_sha256"] == own[3]["config"]["dataset_sha256"]
+    assert f"has {shown(anew['methods']['cross_entropy']['score'], anew['metric']).removesuffix(' %')} on" in text
 
 
 def test_rows_of_what_teaching_is_worth_are_their_records():
@@ -243,3 +246,28 @@ def test_rankings_are_judged():
     assert label_errors._row("x", -scores, wrong, 1.0)["auroc"] == 0
     first = label_errors._first(np.array([3, 1]), scores)
     assert np.argsort(first).tolist()[:2] == [3, 1] and np.argsort(first).tolist()[2:] == [0, 2, 4]
+
+
+def test_rows_of_forty_passes_are_their_records():
+    """Of each way whose rates are all tried: the best on held-out examples, and what the test set says where it was."""
+    folder = RESULTS / "worth_mnist_flips" / "records"
+    records = {path.stem: read_record(path) for path in folder.iterdir()}
+    some = records["final_mnist_mlp_flip240_cross_entropy_3776"]["config"]
+    given = {name: some[name] for name in ("dataset", "student", "preset", "teacher", "memory")}
+    methods = tuple(dict.fromkeys(way.method for way in worth.WAYS))
+    noise = Noise(**some["noise"])
+    config = Config(**given, methods=methods, rounds=3776, seeds=(0,), settings=PRESETS["cheap"], noise=noise)
+    text, rates, found = (ROOT / "docs" / "worth.md").read_text(), [0.03, 0.1, 0.3], 0
+    for way in worth.ways_of(config):
+        if not all(worth.tried_cell(config, way, rate).name in records for rate in rates):
+            continue
+        best = worth.best_rate(config, way, rates, records)
+        held_out = records[worth.tried_cell(config, way, best).name]
+        final = records.get(worth.final_cell(config, way, best, 3776).name)
+        for method, outcome in held_out["methods"].items():
+            test = shown(final["methods"][method]["score"], final["metric"]).removesuffix(" %") if final else ""
+            accuracy, seconds = 100 * outcome["score"]["mean"], outcome["wall_time_s"]
+            name = way.name + worth.PROTOCOLS.get(method, "")
+            assert f"| {name} | {accuracy:.2f} | {best:g} | {seconds:.0f} | {test} |" in text, name
+            found += 1
+    assert found >= 8
