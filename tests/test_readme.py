@@ -80,6 +80,16 @@ def test_the_picture_of_readme_is_of_its_first_command():
     assert f"{100 * wrong:.0f} % of the digits' training labels are wrong, and {meta} are known to be right" in README
 
 
+def test_what_questions_say_of_two_processors_is_of_their_records():
+    told = []
+    for name in ("first_command", "first_command_other_processor"):
+        record = read_record(ROOT / "experiments" / "results" / f"{name}.json")
+        told.append(shown(record["methods"]["l2t_dln"]["score"], record["metric"]))
+        assert shown(record["methods"]["cross_entropy"]["score"], record["metric"]) == "73.24 ± 0.85"
+    text = (ROOT / "docs" / "faq.md").read_text()
+    assert f"has {told[0]} online on one machine" in text and f"and {told[1]} on another" in text
+
+
 COMMANDS = sorted(
     {
         (page.relative_to(ROOT).as_posix(), " ".join(command.replace("\\\n", " ").split()))
