@@ -94,9 +94,10 @@ def test_clean_examples_have_their_true_labels_where_these_are_known():
     np.testing.assert_array_equal(data.train["labels"], expected[data.index])
 
 
-@pytest.mark.parametrize("count", [3, 7])
+@pytest.mark.parametrize("count", [3, 7, 13])
 def test_so_many_clean_examples_are_drawn_of_each_true_class(count):
-    data = with_labels(hold_out(from_arrays(X, Y, test=(X, Y)), 0.2), (Y + 1) % 3)
+    given = changed(Y, np.flatnonzero(Y == 0)[:3], 1)
+    data = with_labels(hold_out(from_arrays(X, Y, test=(X, Y)), 0.2), given)
     which = drawn_clean(data, count)
     assert sorted(np.bincount(Y[which])) == sorted(count // 3 + (c < count % 3) for c in range(3))
     assert set(which) <= set(data.index) and which.tolist() == drawn_clean(data, count).tolist()

@@ -1,5 +1,6 @@
 """WRN and DenseNet-BC: sizes, each forward pass beside one written by hand, and exact hypergradients."""
 
+import sys
 from functools import partial
 
 import jax
@@ -137,6 +138,18 @@ def test_the_hypergradient_is_the_slope_of_the_error(name, x64):
     np.testing.assert_allclose(found, slope, rtol=1e-6)
     other = compute(phi, state, train._replace(key=jax.random.split(jax.random.key(1), (2, 6))), validation)
     assert abs(other.error - errors[0]) > 1e-4  # it does draw
+
+
+@pytest.mark.parametrize(("name", "count"), [("wide_resnet", 6), ("densenet", 14)])
+def test_each_dropout_draws_for_itself(name, count, monkeypatch):
+    """One between a block's convolutions; one after each of a layer's and a transition's."""
+    places, module = [], sys.modules[f"l2t_jax.students.{name}"]
+    monkeypatch.setattr(module, "dropout", lambda x, rate, keys, place: places.append((rate, place)) or x)
+    student, x = STUDENTS[name](num_classes=3, **SMALL[name], dropout=0.3), images()
+    variables = jax.eval_shape(student.init, jax.random.key(0), x)
+    places.clear()
+    jax.eval_shape(partial(student.apply, train=True), variables, x, keys=jax.random.split(jax.random.key(0), 4))
+    assert len(places) == len(set(places)) == count and {rate for rate, _ in places} == {0.3}
 
 
 @pytest.mark.parametrize("build", [wide_resnet, densenet])
