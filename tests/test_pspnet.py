@@ -13,7 +13,9 @@ from flax import linen as nn
 
 from l2t_jax.students import STUDENTS, efficientnet, from_linen, layers
 from l2t_jax.students.efficientnet import EfficientNetLite0
-from l2t_jax.students.pspnet import BINS, DilatedResNet, PSPNet, RunningNorm
+from l2t_jax.students.pspnet import BINS, PSPNet, RunningNorm
+from l2t_jax.students.residual import ResNetMaps
+from l2t_jax.students.state_dicts import load_maps
 from l2t_jax.types import Segmented
 
 pspnet = importlib.import_module("l2t_jax.students.pspnet")  # the package has a function of the module's name
@@ -42,7 +44,7 @@ def drawn(student, x, seed=0):
 
 def tiny(norm="batch", dropout=0.0, axis_name=None):
     frozen = norm == "frozen"
-    backbone = DilatedResNet((1, 1, 1, 1), 2, False, "deep", frozen, axis_name)
+    backbone = ResNetMaps((1, 1, 1, 1), 2, False, "deep", True, frozen, axis_name)
     return from_linen(PSPNet(backbone, CLASSES, 4, 3, dropout, frozen, axis_name), draws=dropout > 0)
 
 
@@ -513,7 +515,7 @@ def lite():
 
 
 def lite_variables(state):
-    return pspnet._load(EfficientNetLite0(), state, efficientnet.torch_layer, efficientnet.UNUSED, "FILE")
+    return load_maps(EfficientNetLite0(), state, efficientnet.torch_layer, efficientnet.UNUSED, "FILE")
 
 
 @pytest.mark.parametrize("size", [64, 65])

@@ -8,7 +8,9 @@ from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
 from l2t_jax.students.modules import from_equinox, from_haiku, from_nnx
+from l2t_jax.students.nasnet import nasnet
 from l2t_jax.students.pspnet import pspnet, pspnet_small
+from l2t_jax.students.residual import imagenet_resnet
 from l2t_jax.students.resnet import resnet
 from l2t_jax.students.translators import lstm, lstm_small, transformer, transformer_small
 from l2t_jax.students.wide_resnet import wide_resnet
@@ -21,8 +23,12 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "resnet8": partial(resnet, 8),
     "resnet20": partial(resnet, 20),
     "resnet32": partial(resnet, 32),
+    "resnet18": partial(imagenet_resnet, 18),
+    "resnet50": partial(imagenet_resnet, 50),
     "wide_resnet": wide_resnet,
     "densenet": densenet,
+    "nasnet": partial(nasnet, "cifar"),
+    "nasnet_mobile": partial(nasnet, "imagenet"),
     "pspnet_small": pspnet_small,
     "pspnet50": partial(pspnet, 50),
     "pspnet101": partial(pspnet, 101),
@@ -42,10 +48,12 @@ __all__ = [
     "from_haiku",
     "from_linen",
     "from_nnx",
+    "imagenet_resnet",
     "lenet",
     "lstm",
     "lstm_small",
     "mlp",
+    "nasnet",
     "pspnet",
     "pspnet_small",
     "resnet",

@@ -120,6 +120,20 @@ def dropout(x: Array, rate: float, keys: Key | None, place: int, *, channels: bo
     return jnp.where(draw(keys), x / (1 - rate), 0)
 
 
+def drop_path(x: Array, rate: float, keys: Key | None, place: int) -> Array:
+    """Set all of an example to zero with probability `rate`, and scale the others by 1 / (1 - rate).
+
+    Args:
+      x: [B, ...], what a branch of a sum made.
+      rate, keys, place: see `dropout`.
+
+    Source: Larsson et al. 2017.
+    """
+    if keys is None or rate == 0:
+        return x
+    return x * dropout(jnp.ones((len(x), 1), x.dtype), rate, keys, place).reshape(-1, *(1,) * (x.ndim - 1))
+
+
 def batch_norm(train: bool, axis_name: str | None, name: str, epsilon: float = 1e-5) -> nn.BatchNorm:
     """Make the BatchNorm all students use: statistics of the batch in training, running ones otherwise.
 
@@ -190,19 +204,44 @@ def max_pool(x: Array, window: int = 2) -> Array:
     return x.reshape(b, h // window, window, w // window, window, c).max((2, 4))
 
 
-def max_pool_3x3(x: Array) -> Array:
-    """Take the maximum over 3x3 windows with stride 2, centred: [B, H, W, c] -> [B, ceil(H / 2), ceil(W / 2), c].
+def max_pool_3x3(x: Array, stride: int = 2, *, same: bool = False) -> Array:
+    """Take the maximum over 3x3 windows: [B, H, W, c] -> [B, ceil(H / stride), ceil(W / stride), c].
 
     Slices and maxima, first of rows, then of columns, for the reason of `max_pool`.
+
+    Args:
+      x: [B, H, W, c].
+      stride: of the windows.
+      same: place the windows as TensorFlow's "SAME"; otherwise window i is centred on stride * i.
     """
     for axis in (1, 2):
-        edges = [(0, 0, 0)] * 4
-        edges[axis] = (1, 1, 0)
-        padded = jax.lax.pad(x, jnp.asarray(-jnp.inf, x.dtype), edges)
-        last = (x.shape[axis] - 1) // 2 * 2
-        parts = [jax.lax.slice_in_dim(padded, i, last + i + 1, stride=2, axis=axis) for i in range(3)]
+        parts = _threes(x, axis, stride, same, -jnp.inf)
         x = jnp.maximum(jnp.maximum(parts[0], parts[1]), parts[2])
     return x
+
+
+def average_pool_3x3(x: Array, stride: int = 1) -> Array:
+    """Average 3x3 windows, of what is in the image: [B, H, W, c] -> [B, ceil(H / stride), ceil(W / stride), c].
+
+    The windows are placed as TensorFlow's "SAME".
+    """
+    for axis in (1, 2):
+        inside = jnp.ones([length if i == axis else 1 for i, length in enumerate(x.shape)], x.dtype)
+        total, count = (jnp.sum(jnp.stack(_threes(y, axis, stride, True, 0.0)), axis=0) for y in (x, inside))
+        x = total / count
+    return x
+
+
+def _threes(x: Array, axis: int, stride: int, same: bool, outside: float) -> list[Array]:
+    """The first, second and third of each three neighbours along an axis, with a number for those outside."""
+    length = x.shape[axis]
+    last = (length - 1) // stride * stride  # where the last window begins, with the padding
+    missing = last + 3 - length
+    before = max(0, missing) // 2 if same else 1
+    edges = [(0, 0, 0)] * x.ndim
+    edges[axis] = (before, missing - before, 0)
+    padded = jax.lax.pad(x, jnp.asarray(outside, x.dtype), edges)
+    return [jax.lax.slice_in_dim(padded, i, last + i + 1, stride=stride, axis=axis) for i in range(3)]
 
 
 def resize_aligned(x: Array, size: tuple[int, int]) -> Array:

@@ -9,7 +9,6 @@ from typing import Any, Literal, cast
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import linen as nn
 
 from l2t_jax.inputs import known
@@ -21,23 +20,22 @@ from l2t_jax.students.layers import (
     conv,
     dropout,
     from_linen,
-    max_pool_3x3,
     require_positive,
     require_probability,
     resize_aligned,
 )
-from l2t_jax.students.state_dicts import in_dtype, read_state_dict, variables_from
+from l2t_jax.students.residual import BLOCKS, ResNetMaps, torch_layer
+from l2t_jax.students.state_dicts import in_dtype, load_maps, read_state_dict, require_colors
 from l2t_jax.types import Array, Backbone, Key, PyTree, Segmented, Student
 
 STRIDE = 8  # of the maps
 BINS = (1, 2, 3, 6)  # cells along a side, for each branch of the pyramid
 FEW = 2  # bins up to this give too few values to normalise by
-BLOCKS = {50: (3, 4, 6, 3), 101: (3, 4, 23, 3)}
+DEPTHS = (50, 101)
 NORMS = ("batch", "frozen")
 PARTS = ("all", "head")
 STEMS = ("", "deep", "7x7")
 BACKBONES = ("", "efficientnet_lite0")
-COLORS = 3  # channels of the images that weights are for
 
 
 class RunningNorm(nn.Module):
@@ -67,69 +65,6 @@ class RunningNorm(nn.Module):
                 moments = jax.lax.pmean(moments, self.axis_name)
             mean.value, var.value = (0.9 * now + 0.1 * new for now, new in zip((old, spread), moments, strict=True))
         return scale * (x - old) * jax.lax.rsqrt(spread + 1e-5) + bias
-
-
-class Block(nn.Module):
-    """relu(f(x) + shortcut(x)), f of two 3x3 convolutions, or of 1x1, 3x3 and 1x1 to four times the channels."""
-
-    channels: int
-    bottleneck: bool
-    stride: int
-    dilation: int
-    frozen: bool
-    axis_name: str | None
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> Array:
-        """Map [B, h, w, c] to [B, ceil(h / stride), ceil(w / stride), channels or four times as many]."""
-        norm = partial(batch_norm, train and not self.frozen, self.axis_name)
-        spatial = (3, self.stride, self.dilation)
-        kinds = [(1, 1, 1), spatial, (1, 1, 1)] if self.bottleneck else [spatial, (3, 1, self.dilation)]
-        y, out = x, self.channels * (4 if self.bottleneck else 1)
-        for i, (kernel, stride, dilation) in enumerate(kinds, start=1):
-            width = out if i == len(kinds) else self.channels
-            y = conv(width, kernel, stride, f"conv{i}", dilation)(y)
-            y = norm(f"norm{i}")(y)
-            y = nn.relu(y) if i < len(kinds) else y
-        if self.stride > 1 or x.shape[-1] != out:
-            x = norm("shortcut_norm")(conv(out, 1, self.stride, "shortcut_conv")(x))
-        return nn.relu(y + x)
-
-
-class DilatedResNet(nn.Module):
-    """A ResNet without its last layer, whose last two stages are dilated by 2 and 4 in place of their strides."""
-
-    blocks: tuple[int, ...]  # of each stage
-    width: int
-    bottleneck: bool
-    stem: str
-    frozen: bool = False
-    axis_name: str | None = None
-
-    @nn.compact
-    def __call__(self, x: Array, train: bool) -> tuple[Array, Array]:
-        """Map images [B, H, W, c] to the maps of the last two stages, at stride 8."""
-        norm = partial(batch_norm, train and not self.frozen, self.axis_name)
-        deep = [(self.width, 3, 2), (self.width, 3, 1), (2 * self.width, 3, 1)]
-        for i, (channels, kernel, stride) in enumerate(deep if self.stem == "deep" else [(self.width, 7, 2)], start=1):
-            x = conv(channels, kernel, stride, f"stem_conv{i}")(x)
-            x = nn.relu(norm(f"stem_norm{i}")(x))
-        x, maps = max_pool_3x3(x), []
-        for stage, (count, first, dilation) in enumerate(zip(self.blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
-            for block in range(count):
-                options = (self.bottleneck, first if block == 0 else 1, dilation, self.frozen, self.axis_name)
-                x = Block(self.width << stage, *options, name=f"stage{stage + 1}_block{block + 1}")(x, train)
-            maps.append(x)
-        return maps[2], maps[3]
-
-
-def torch_layer(path: tuple[str, ...]) -> str:
-    """The name of a layer in torchvision's state dict, and semseg's, of its modules in `DilatedResNet`."""
-    if len(path) == 1:
-        return path[0].removeprefix("stem_").replace("norm", "bn")
-    stage, block = path[0].removeprefix("stage").split("_block")
-    names = {"shortcut_conv": "downsample.0", "shortcut_norm": "downsample.1"}
-    return f"layer{stage}.{int(block) - 1}.{names.get(path[1], path[1].replace('norm', 'bn'))}"
 
 
 class PSPNet(nn.Module):
@@ -215,36 +150,19 @@ def _student(
     if not whole:
 
         def maps(variables: PyTree, x: Array) -> tuple[Array, Array]:
-            _require_colors(x)
+            require_colors(x)
             given = in_dtype(variables, x.dtype)
             return _maps(lambda *inputs: cast(tuple[Array, Array], backbone.apply(given, *inputs)), x, False)
 
         return student._replace(backbone=Backbone(loaded, maps))
 
     def init(key: Key, x: Array) -> dict[str, PyTree]:
-        _require_colors(x)
+        require_colors(x)
         variables = student.init(key, x)
         given = jax.tree.map(jnp.asarray, in_dtype(loaded, x.dtype))
         return {kind: {**leaves, "backbone": given[kind]} for kind, leaves in variables.items()}
 
     return student._replace(init=init)
-
-
-def _require_colors(x: Array) -> None:
-    if jnp.shape(x)[-1:] != (COLORS,):
-        raise ValueError(f"inputs are {list(jnp.shape(x))}: the weights are for images of {COLORS} channels.")
-
-
-def _load(
-    backbone: nn.Module,
-    state: dict[str, np.ndarray],
-    layer: Callable[[tuple[str, ...]], str],
-    unused: tuple[str, ...],
-    path: str,
-) -> PyTree:
-    image = jax.ShapeDtypeStruct((1, STRIDE + 1, STRIDE + 1, COLORS), jnp.float32)
-    shapes = jax.eval_shape(lambda x: backbone.init(jax.random.key(0), x, False), image)
-    return variables_from(state, shapes, layer, unused=unused, told=f"weights={path}")
 
 
 def _resnet(
@@ -256,8 +174,8 @@ def _resnet(
     if not stem:
         first = state.get("conv1.weight") if state is not None else None
         stem = "7x7" if first is not None and first.shape[-1] == 7 else "deep"
-    network = DilatedResNet(blocks, width, True, stem, frozen, axis_name)
-    return network, None if state is None else _load(network, state, torch_layer, ("fc.",), weights)
+    network = ResNetMaps(blocks, width, True, stem, True, frozen, axis_name)
+    return network, None if state is None else load_maps(network, state, torch_layer, ("fc.",), weights)
 
 
 def pspnet(
@@ -309,7 +227,7 @@ def pspnet(
     8. Normal initialisation with variance 2 / fan-in, which the paper does not state. Weights are for images
     normalised by ImageNet's mean and deviation.
     """
-    known(f"depth {depth}", depth, BLOCKS)
+    known(f"depth {depth}", depth, DEPTHS)
     known(f"norm {norm!r}", norm, NORMS)
     backbone, loaded = _resnet(BLOCKS[depth], 64, stem, weights, norm == "frozen", axis_name)
     options: dict[str, Any] = {"dropout": dropout, "norm": norm, "train": train, "axis_name": axis_name}
@@ -361,10 +279,10 @@ def pspnet_small(
     if backbone:
         network = efficientnet.EfficientNetLite0(norm == "frozen", axis_name)
         path = weights or efficientnet.packaged_weights()
-        loaded = _load(network, read_state_dict(path), efficientnet.torch_layer, efficientnet.UNUSED, path)
+        loaded = load_maps(network, read_state_dict(path), efficientnet.torch_layer, efficientnet.UNUSED, path)
     elif weights:
         raise ValueError(f"weights={weights} are of no backbone: add backbone=efficientnet_lite0, or leave them out.")
     else:
-        network = DilatedResNet((1, 1, 1, 1), width, False, "deep", norm == "frozen", axis_name)
+        network = ResNetMaps((1, 1, 1, 1), width, False, "deep", True, norm == "frozen", axis_name)
     options: dict[str, Any] = {"dropout": dropout, "norm": norm, "train": train, "axis_name": axis_name}
     return _student(network, num_classes, 4 * width, 2 * width, loaded=loaded, **options)

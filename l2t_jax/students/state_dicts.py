@@ -8,13 +8,16 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
-from l2t_jax.types import PyTree
+from l2t_jax.types import Array, PyTree
 
 LEAVES = {"kernel": "weight", "scale": "weight", "bias": "bias", "mean": "running_mean", "var": "running_var"}
 COUNTERS = "num_batches_tracked"  # of BatchNorm, which no forward pass reads
 TOLD = 3  # names in a message
+COLORS, SIDE = 3, 9  # channels of the images that weights are for; pixels a side of one that all maps are made of
 
 
 def read_state_dict(path: str) -> dict[str, np.ndarray]:
@@ -125,3 +128,38 @@ def _some(names: list[str]) -> str:
 def in_dtype(variables: PyTree, dtype: Any) -> PyTree:
     """The same variables in another precision."""
     return jax.tree.map(lambda leaf: leaf.astype(dtype), variables)
+
+
+def load_maps(
+    network: nn.Module,
+    state: Mapping[str, np.ndarray],
+    layer: Callable[[tuple[str, ...]], str],
+    unused: tuple[str, ...],
+    path: str,
+) -> PyTree:
+    """Fill a network from images [B, H, W, 3] to maps with weights.
+
+    Args:
+      network: a linen module with the call (images, train).
+      state, layer, unused: see `variables_from`.
+      path: the file, for messages.
+
+    Returns:
+      {"params", "batch_stats"}.
+
+    Raises:
+      ValueError: the weights do not fit.
+    """
+    image = jax.ShapeDtypeStruct((1, SIDE, SIDE, COLORS), jnp.float32)
+    shapes = jax.eval_shape(lambda x: network.init(jax.random.key(0), x, False), image)
+    return variables_from(state, shapes, layer, unused=unused, told=f"weights={path}")
+
+
+def require_colors(x: Array) -> None:
+    """Check that images have the channels that weights are for.
+
+    Raises:
+      ValueError: they have others.
+    """
+    if jnp.shape(x)[-1:] != (COLORS,):
+        raise ValueError(f"inputs are {list(jnp.shape(x))}: the weights are for images of {COLORS} channels.")

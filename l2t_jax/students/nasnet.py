@@ -1,0 +1,201 @@
+"""NASNet-A: two cells that a search found, stacked for CIFAR and for ImageNet.
+
+Legend: B batch, H and W height and width in pixels, c channels, C classes, F channels of a part of the first cells.
+"""
+
+from collections.abc import Callable
+from typing import Literal
+
+import jax.numpy as jnp
+from flax import linen as nn
+
+from l2t_jax.inputs import known
+from l2t_jax.students.layers import (
+    Conv,
+    average_pool_3x3,
+    batch_norm,
+    drop_path,
+    from_linen,
+    max_pool_3x3,
+    require_positive,
+    require_probability,
+)
+from l2t_jax.types import Array, Key, Student
+
+STACKS = 3  # of normal cells, with a reduction cell before each but the first
+SIZES = {"cifar": (6, 32), "imagenet": (4, 44)}  # N and F: 6 @ 768, and 4 @ 1056, the mobile network
+STEMS = {"cifar": 0, "imagenet": 2}  # reduction cells before the first stack
+# Sums of two operations on the states, of which 0 is the input, 1 the cell before and 2 on the sums made so far. Those
+# in CONCATENATED leave the cell, in this order.
+NORMAL = (
+    (("separable5", 0), ("separable3", 1)),
+    (("separable5", 1), ("separable3", 1)),
+    (("average", 0), ("same", 1)),
+    (("average", 1), ("average", 1)),
+    (("separable3", 0), ("same", 0)),
+)
+REDUCTION = (
+    (("separable5", 0), ("separable7", 1)),
+    (("max", 0), ("separable7", 1)),
+    (("average", 0), ("separable5", 1)),
+    (("same", 3), ("average", 2)),
+    (("separable3", 2), ("max", 0)),
+)
+CONCATENATED = {False: (1, 2, 3, 4, 5, 6), True: (3, 4, 5, 6)}  # of a normal cell, of a reduction cell
+
+
+class Separable(nn.Module):
+    """Twice: ReLU, a convolution of each channel by itself, a 1x1 convolution, norm. The first one is strided."""
+
+    channels: int
+    kernel: int
+    stride: int
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool) -> Array:
+        """Map [B, H, W, c] to [B, ceil(H / stride), ceil(W / stride), channels]."""
+        for i, stride in enumerate((self.stride, 1), start=1):
+            wide = x.shape[-1]
+            x = Conv(wide, self.kernel, stride, "SAME", groups=wide, name=f"depthwise_conv{i}")(nn.relu(x))
+            x = batch_norm(train, self.axis_name, name=f"norm{i}")(Conv(self.channels, 1, name=f"conv{i}")(x))
+        return x
+
+
+class Cell(nn.Module):
+    """Five sums of two operations, each on the input, on the cell before, or on a sum; those left over concatenated."""
+
+    channels: int  # of a part
+    reduction: bool
+    drop_path: float  # probability of an operation to be left out
+    place: int
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: Array, before: Array | None, train: bool, keys: Key | None) -> Array:
+        """Map [B, H, W, c], and the cell before that, to [B, H, W, 6 channels]; a reduction to half H, W and 4."""
+        states = [self._projected(nn.relu(x), "input", train), x if before is None else self._fitted(before, x, train)]
+        for i, pair in enumerate(REDUCTION if self.reduction else NORMAL):
+            operands = [
+                self._operation(kind, states[state], 2 if self.reduction and state < 2 else 1, f"sum{i + 1}_{j}", train)
+                for j, (kind, state) in enumerate(pair, start=1)
+            ]
+            for j, (kind, _) in enumerate(pair):
+                if kind != "same":
+                    operands[j] = drop_path(operands[j], self.drop_path, keys, 10 * self.place + 2 * i + j)
+            states.append(operands[0] + operands[1])
+        kept = CONCATENATED[self.reduction]
+        if 1 in kept and states[1].shape[-1] != self.channels:
+            states[1] = self._projected(states[1], "rest", train)
+        return jnp.concatenate([states[i] for i in kept], axis=-1)
+
+    def _operation(self, kind: str, x: Array, stride: int, name: str, train: bool) -> Array:
+        if kind.startswith("separable"):
+            return Separable(self.channels, int(kind[-1]), stride, self.axis_name, name=name)(x, train)
+        pool: dict[str, Callable[[Array], Array]] = {
+            "max": lambda x: max_pool_3x3(x, stride, same=True),
+            "average": lambda x: average_pool_3x3(x, stride),
+            "same": lambda x: x,
+        }
+        fits = x.shape[-1] == self.channels
+        x = pool[kind](nn.relu(x) if kind == "same" and not fits else x)
+        return x if fits else self._projected(x, name, train)
+
+    def _projected(self, x: Array, name: str, train: bool) -> Array:
+        return batch_norm(train, self.axis_name, name=f"{name}_norm")(Conv(self.channels, 1, name=f"{name}_conv")(x))
+
+    def _fitted(self, before: Array, x: Array, train: bool) -> Array:
+        """The cell before, in the size of x and with the channels of a part."""
+        if before.shape[1:3] == x.shape[1:3]:
+            fits = before.shape[-1] == self.channels
+            return before if fits else self._projected(nn.relu(before), "before", train)
+        before = nn.relu(before)
+        shifted = jnp.pad(before[:, 1:, 1:], ((0, 0), (0, 1), (0, 1), (0, 0)))
+        halves = [
+            Conv(self.channels // 2 + i * (self.channels % 2), 1, name=f"before_conv{i + 1}")(half[:, ::2, ::2])
+            for i, half in enumerate((before, shifted))
+        ]
+        return batch_norm(train, self.axis_name, name="before_norm")(jnp.concatenate(halves, axis=-1))
+
+
+class NASNet(nn.Module):
+    """Stem, three stacks of normal cells with a reduction cell between, ReLU, average pooling, linear outputs."""
+
+    form: str
+    cells: int  # of a stack
+    num_classes: int
+    width: int
+    drop_path: float
+    axis_name: str | None
+
+    @nn.compact
+    def __call__(self, x: Array, train: bool, keys: Key | None = None) -> Array:
+        """Map images [B, H, W, c] to logits [B, C]; with keys [B] operations are left out."""
+        cifar, stems = self.form == "cifar", STEMS[self.form]
+        x = Conv(3 * self.width if cifar else 32, 3, *((1, "SAME") if cifar else (2, "VALID")), name="stem_conv")(x)
+        outputs: list[Array | None] = [None, batch_norm(train, self.axis_name, name="stem_norm")(x)]
+        total = stems + STACKS * self.cells + STACKS - 1
+
+        def cell(name: str, channels: int, before: Array | None, reduction: bool = False) -> None:
+            place, last = len(outputs) - 2, outputs[-1]
+            assert last is not None
+            rate = self.drop_path * (place + 1) / total  # the deeper, the more often
+            made = Cell(channels, reduction, rate, place, self.axis_name, name=name)
+            outputs.append(made(last, before, train, keys))
+
+        for stem in range(1, stems + 1):
+            cell(f"stem_cell{stem}", self.width * 2**stem // 8, outputs[-2], reduction=True)
+        for stack in range(STACKS):
+            channels, first = self.width << stack, outputs[-2]
+            if stack:
+                cell(f"reduction{stack}", channels, first, reduction=True)
+            for i in range(1, self.cells + 1):
+                cell(f"stack{stack + 1}_cell{i}", channels, outputs[-2])
+        last = outputs[-1]
+        assert last is not None
+        return nn.Dense(self.num_classes, name="output")(nn.relu(last).mean((1, 2)))
+
+
+def nasnet(
+    form: Literal["cifar", "imagenet"],
+    /,
+    *,
+    num_classes: int,
+    cells: int | None = None,
+    width: int | None = None,
+    drop_path: float = 0.0,
+    axis_name: str | None = None,
+) -> Student:
+    """Build NASNet-A, N @ 24 F: N normal cells a stack, and 24 F channels before the mean.
+
+    Args:
+      form: cifar for images of some 32 x 32 pixels, or imagenet, whose stem divides sides by 8, for 224 x 224.
+      num_classes: C.
+      cells: N, normal cells of each of three stacks; None: 6 for cifar, 4 for imagenet.
+      width: F, channels of a part of a cell in the first stack, for imagenet a multiple of 4; None: 32 and
+        44.
+      drop_path: probability of an operation of the last cell to be left out in training, of an example as a whole; that
+        of cell i of n is i / n times as much. The paper's is 0.4 for CIFAR, and 0 for its mobile network.
+      axis_name: mapped axis over which BatchNorm averages its batch statistics as well.
+
+    Returns:
+      A student of images [B, H, W, c] and logits [B, C]: 6 @ 768 has 3 346 538 parameters with 10 classes, the mobile
+      network 4 @ 1056 has 5 289 978 with 1000.
+
+    Raises:
+      ValueError: a size is below 1, width is no multiple of 4 for imagenet, or drop_path is not in [0, 1).
+
+    Source: Zoph et al. 2018, in the form of the authors' TensorFlow code. Pooling and strided convolutions pad as
+    there, on the right first, and averages are of what is inside the image. Two things are left out: the auxiliary
+    head, and that drop-path grows with the steps, for a student does not know how long it is trained. BatchNorm takes
+    a tenth of each batch's statistics, as all of ours.
+    """
+    known(f"form {form!r}", form, SIZES)
+    cells, width = SIZES[form][0] if cells is None else cells, SIZES[form][1] if width is None else width
+    require_positive(num_classes=num_classes, cells=cells, width=width)
+    require_probability(drop_path=drop_path)
+    if form == "imagenet" and width % 4:
+        raise ValueError(
+            f"width={width} is not a multiple of 4: the first cell has a quarter of it, use {width + -width % 4}."
+        )
+    return from_linen(NASNet(form, cells, num_classes, width, drop_path, axis_name), draws=drop_path > 0)
