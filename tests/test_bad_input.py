@@ -79,6 +79,8 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "width": (*NO_COUNT, "8 --student=linear"),
     "depth": (*(f"{depth} --student=wide_resnet" for depth in (*NO_COUNT, "12")), "8 --student=densenet", "10"),
     "growth": (*(f"{count} --student=densenet" for count in NO_COUNT), "12", "12 --student=wide_resnet"),
+    "cells": (*(f"{count} --student=nasnet" for count in NO_COUNT), "2"),
+    "drop_path": (*(f"{rate} --student=nasnet" for rate in ("1", "-0.1", "x", "nan")), "0.5"),
     "dropout": ("1", "-0.1", "x", "nan", "0.5 --student=lenet"),
     "shortcut": (*(f"{name} --student=resnet8" for name in NO_NAME), "b", "b --student=lenet", "b --student=linear"),
     "head_grid": (*NO_COUNT, "2", "2 --student=lenet", "2 --student=linear", "3 --student=resnet8"),

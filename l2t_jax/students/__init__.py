@@ -8,7 +8,7 @@ from l2t_jax.students.layers import from_linen
 from l2t_jax.students.lenet import lenet
 from l2t_jax.students.mlp import mlp
 from l2t_jax.students.modules import from_equinox, from_haiku, from_nnx
-from l2t_jax.students.nasnet import nasnet
+from l2t_jax.students.nasnet import nasnet, nasnet_mobile
 from l2t_jax.students.pspnet import pspnet, pspnet_small
 from l2t_jax.students.residual import imagenet_resnet
 from l2t_jax.students.resnet import resnet
@@ -27,8 +27,8 @@ STUDENTS: dict[str, Callable[..., Student]] = {
     "resnet50": partial(imagenet_resnet, 50),
     "wide_resnet": wide_resnet,
     "densenet": densenet,
-    "nasnet": partial(nasnet, "cifar"),
-    "nasnet_mobile": partial(nasnet, "imagenet"),
+    "nasnet": nasnet,
+    "nasnet_mobile": nasnet_mobile,
     "pspnet_small": pspnet_small,
     "pspnet50": partial(pspnet, 50),
     "pspnet101": partial(pspnet, 101),
@@ -54,6 +54,7 @@ __all__ = [
     "lstm_small",
     "mlp",
     "nasnet",
+    "nasnet_mobile",
     "pspnet",
     "pspnet_small",
     "resnet",

@@ -4,16 +4,15 @@ Legend: B batch, H and W height and width in pixels, c channels, C classes, F ch
 """
 
 from collections.abc import Callable
-from typing import Literal
 
 import jax.numpy as jnp
 from flax import linen as nn
 
-from l2t_jax.inputs import known
 from l2t_jax.students.layers import (
     Conv,
     average_pool_3x3,
     batch_norm,
+    conv,
     drop_path,
     from_linen,
     max_pool_3x3,
@@ -23,8 +22,7 @@ from l2t_jax.students.layers import (
 from l2t_jax.types import Array, Key, Student
 
 STACKS = 3  # of normal cells, with a reduction cell before each but the first
-SIZES = {"cifar": (6, 32), "imagenet": (4, 44)}  # N and F: 6 @ 768, and 4 @ 1056, the mobile network
-STEMS = {"cifar": 0, "imagenet": 2}  # reduction cells before the first stack
+STEMS = 2  # reduction cells before the first stack, of images of some 224 x 224 pixels
 # Sums of two operations on the states, of which 0 is the input, 1 the cell before and 2 on the sums made so far. Those
 # in CONCATENATED leave the cell, in this order.
 NORMAL = (
@@ -121,7 +119,7 @@ class Cell(nn.Module):
 class NASNet(nn.Module):
     """Stem, three stacks of normal cells with a reduction cell between, ReLU, average pooling, linear outputs."""
 
-    form: str
+    stems: int  # reduction cells before the first stack, and 0 for images of some 32 x 32 pixels
     cells: int  # of a stack
     num_classes: int
     width: int
@@ -131,10 +129,10 @@ class NASNet(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool, keys: Key | None = None) -> Array:
         """Map images [B, H, W, c] to logits [B, C]; with keys [B] operations are left out."""
-        cifar, stems = self.form == "cifar", STEMS[self.form]
-        x = Conv(3 * self.width if cifar else 32, 3, *((1, "SAME") if cifar else (2, "VALID")), name="stem_conv")(x)
+        first = Conv(32, 3, 2, name="stem_conv") if self.stems else conv(3 * self.width, 3, 1, name="stem_conv")
+        x = first(x)
         outputs: list[Array | None] = [None, batch_norm(train, self.axis_name, name="stem_norm")(x)]
-        total = stems + STACKS * self.cells + STACKS - 1
+        total = self.stems + STACKS * self.cells + STACKS - 1
 
         def cell(name: str, channels: int, before: Array | None, reduction: bool = False) -> None:
             place, last = len(outputs) - 2, outputs[-1]
@@ -143,12 +141,12 @@ class NASNet(nn.Module):
             made = Cell(channels, reduction, rate, place, self.axis_name, name=name)
             outputs.append(made(last, before, train, keys))
 
-        for stem in range(1, stems + 1):
+        for stem in range(1, self.stems + 1):
             cell(f"stem_cell{stem}", self.width * 2**stem // 8, outputs[-2], reduction=True)
         for stack in range(STACKS):
-            channels, first = self.width << stack, outputs[-2]
+            channels = self.width << stack
             if stack:
-                cell(f"reduction{stack}", channels, first, reduction=True)
+                cell(f"reduction{stack}", channels, outputs[-2], reduction=True)
             for i in range(1, self.cells + 1):
                 cell(f"stack{stack + 1}_cell{i}", channels, outputs[-2])
         last = outputs[-1]
@@ -157,45 +155,59 @@ class NASNet(nn.Module):
 
 
 def nasnet(
-    form: Literal["cifar", "imagenet"],
-    /,
-    *,
-    num_classes: int,
-    cells: int | None = None,
-    width: int | None = None,
-    drop_path: float = 0.0,
-    axis_name: str | None = None,
+    *, num_classes: int, cells: int = 6, width: int = 32, drop_path: float = 0.0, axis_name: str | None = None
 ) -> Student:
-    """Build NASNet-A, N @ 24 F: N normal cells a stack, and 24 F channels before the mean.
+    """Build NASNet-A for images of some 32 x 32 pixels, N @ 24 F: N normal cells a stack, 24 F channels at the end.
 
     Args:
-      form: cifar for images of some 32 x 32 pixels, or imagenet, whose stem divides sides by 8, for 224 x 224.
       num_classes: C.
-      cells: N, normal cells of each of three stacks; None: 6 for cifar, 4 for imagenet.
-      width: F, channels of a part of a cell in the first stack, for imagenet a multiple of 4; None: 32 and
-        44.
-      drop_path: probability of an operation of the last cell to be left out in training, of an example as a whole; that
-        of cell i of n is i / n times as much. The paper's is 0.4 for CIFAR, and 0 for its mobile network.
+      cells: N, normal cells of each of three stacks.
+      width: F, channels of a part of a cell in the first stack; each stack has twice those of the one before.
+      drop_path: probability of an operation of the last cell to be left out in training, of an example as a whole;
+        that of cell i of n is i / n times as much. The paper's is 0.4.
       axis_name: mapped axis over which BatchNorm averages its batch statistics as well.
 
     Returns:
-      A student of images [B, H, W, c] and logits [B, C]: 6 @ 768 has 3 346 538 parameters with 10 classes, the mobile
-      network 4 @ 1056 has 5 289 978 with 1000.
+      A student of images [B, H, W, c] and logits [B, C]. 6 @ 768 has 3 346 538 parameters with 10 classes.
 
     Raises:
-      ValueError: a size is below 1, width is no multiple of 4 for imagenet, or drop_path is not in [0, 1).
+      ValueError: a size is below 1, or drop_path is not in [0, 1).
 
     Source: Zoph et al. 2018, in the form of the authors' TensorFlow code. Pooling and strided convolutions pad as
     there, on the right first, and averages are of what is inside the image. Two things are left out: the auxiliary
     head, and that drop-path grows with the steps, for a student does not know how long it is trained. BatchNorm takes
     a tenth of each batch's statistics, as all of ours.
     """
-    known(f"form {form!r}", form, SIZES)
-    cells, width = SIZES[form][0] if cells is None else cells, SIZES[form][1] if width is None else width
     require_positive(num_classes=num_classes, cells=cells, width=width)
     require_probability(drop_path=drop_path)
-    if form == "imagenet" and width % 4:
-        raise ValueError(
-            f"width={width} is not a multiple of 4: the first cell has a quarter of it, use {width + -width % 4}."
-        )
-    return from_linen(NASNet(form, cells, num_classes, width, drop_path, axis_name), draws=drop_path > 0)
+    return from_linen(NASNet(0, cells, num_classes, width, drop_path, axis_name), draws=drop_path > 0)
+
+
+def nasnet_mobile(
+    *, num_classes: int, cells: int = 4, width: int = 44, drop_path: float = 0.0, axis_name: str | None = None
+) -> Student:
+    """Build NASNet-A for images of some 224 x 224 pixels, whose stem divides sides by 8: the mobile network, 4 @ 1056.
+
+    Args:
+      num_classes: C.
+      cells: N, normal cells of each of three stacks.
+      width: F, channels of a part of a cell in the first stack, a multiple of 4; each stack has twice those of the one
+        before.
+      drop_path: as of `nasnet`. The paper's is 0 for this network.
+      axis_name: mapped axis over which BatchNorm averages its batch statistics as well.
+
+    Returns:
+      A student of images [B, H, W, c] and logits [B, C]. With 1000 classes 5 289 978 parameters.
+
+    Raises:
+      ValueError: a size is below 1, width is no multiple of 4, drop_path is not in [0, 1), or, when first applied,
+        images are smaller than 3 x 3.
+
+    Source: as of `nasnet`.
+    """
+    require_positive(num_classes=num_classes, cells=cells, width=width)
+    require_probability(drop_path=drop_path)
+    if width % 4:
+        near = width + -width % 4
+        raise ValueError(f"width={width} is not a multiple of 4: the first cell has a quarter of it, use {near}.")
+    return from_linen(NASNet(STEMS, cells, num_classes, width, drop_path, axis_name), draws=drop_path > 0)
