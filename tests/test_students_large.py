@@ -1,7 +1,9 @@
 """Large students: sizes, each forward pass beside one written by hand, and exact hypergradients."""
 
+import re
 import sys
 from functools import partial
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +54,23 @@ def test_parameter_counts(name, side, options, count):
     inputs = jax.ShapeDtypeStruct((2, side, side, 3), jnp.float32)
     params = jax.eval_shape(STUDENTS[name](**options).init, jax.random.key(0), inputs)["params"]
     assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count
+
+
+def test_the_page_has_the_counts():
+    """Of every student in the table, on images of CIFAR, on MNIST's where the table or the student says so."""
+    page = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text().partition("## Students of images")[2]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line.startswith("| `")
+    ]
+    told = {}
+    for names, _, _, counts in rows:
+        numbers = [int(count.replace(" ", "")) for count in counts.partition("(")[0].split(",")]
+        told |= zip(re.findall(r"`(\w+)`", names), numbers, strict=True)
+    assert {"mlp", "densenet", "nasnet_mobile", "resnet50"} <= set(told)
+    for name, count in told.items():
+        inputs = jnp.zeros((2, 28, 28, 1) if name in ("mlp", "lenet") else (2, 32, 32, 3))
+        params = jax.eval_shape(STUDENTS[name](num_classes=10).init, jax.random.key(0), inputs)["params"]
+        assert sum(leaf.size for leaf in jax.tree.leaves(params)) == count, name
 
 
 def picture(name, dtype=jnp.float32):
