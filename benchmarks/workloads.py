@@ -14,6 +14,7 @@ from l2t_jax.losses import LOSSES
 from l2t_jax.methods.l2t_dln import STAGES, l2t_dln
 from l2t_jax.runs.parallel import Dispatch
 from l2t_jax.students import STUDENTS
+from l2t_jax.students.precision import in_bfloat16
 from l2t_jax.tasks.classification import Classes, classification
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Batch, How, Method, MethodState, PyTree, Student, StudentState, Task, Teacher
@@ -58,10 +59,11 @@ class Problem(NamedTuple):
     validation: Batch  # [V, ...]
 
 
-def problem(name: str, length: int, seeds: int = 1) -> Problem:
+def problem(name: str, length: int, seeds: int = 1, compute_dtype: str = "float32") -> Problem:
     """A workload, its loss the released DLN; the same arrays in every process."""
     workload, loss, optimizer = WORKLOADS[name], LOSSES["dln"](), optax.sgd(0.1)
     student, lead = workload.student(None), () if seeds == 1 else (seeds,)
+    student = in_bfloat16(student) if compute_dtype == "bfloat16" else student
     batches = images(workload, *lead, length, BATCH)
     validation = images(workload, *lead, VALIDATION, seed=1)
     example = jnp.zeros((BATCH, *workload.shape))

@@ -19,6 +19,7 @@ from l2t_jax.presets import PRESETS, Preset
 from l2t_jax.runs.config import Config, Noise, Options, UsageError
 from l2t_jax.runs.parallel import SHARDS, leave
 from l2t_jax.students import STUDENTS
+from l2t_jax.students.precision import COMPUTE_DTYPES
 from l2t_jax.tasks import TASKS, TaskSpec, is_path, settings_for
 from l2t_jax.teachers import TEACHERS, shipped
 
@@ -202,6 +203,12 @@ flags.DEFINE_string(
     f"{_choices(MEMORY_MODES)}. How the exact hypergradient trades memory for time; auto predicts what each would keep "
     "and says which it takes.",
 )
+flags.DEFINE_string(
+    "compute_dtype",
+    "float32",
+    f"{_choices(COMPUTE_DTYPES)}. In which the student computes. Parameters, losses, errors, the hypergradient and the "
+    "teacher stay float32. bfloat16 halves what a step keeps, and is fast where the device has it: not on most CPUs.",
+)
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
 flags.DEFINE_integer(
     "seeds_at_once",
@@ -296,6 +303,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         teacher=_settings.known("teacher", FLAGS.teacher, TEACHERS),
         rounds=FLAGS.rounds,
         memory=_settings.known("memory", FLAGS.memory, MEMORY_MODES),
+        compute_dtype=_settings.known("compute_dtype", FLAGS.compute_dtype, COMPUTE_DTYPES),
         seeds=parse_seeds(FLAGS.seeds),
         settings=preset,
         noise=noise,

@@ -34,6 +34,7 @@ from l2t_jax.runs.running import train_entries
 from l2t_jax.runs.setting import Entry, Own, Setting, build_setting
 from l2t_jax.runs.training import Outcome, StoppedError
 from l2t_jax.students import STUDENTS
+from l2t_jax.students.precision import COMPUTE_DTYPES
 from l2t_jax.tasks import TASKS, load, settings_for
 from l2t_jax.tasks.own import as_inputs
 from l2t_jax.teachers import TEACHERS
@@ -124,6 +125,7 @@ def train(
     rounds: int | None = None,
     seeds: int | Sequence[int] = 3,
     memory: str = "auto",
+    compute_dtype: str = "float32",
     task: str = "classification",
     student_knobs: dict[str, Any] | None = None,
     task_knobs: dict[str, Any] | None = None,
@@ -148,6 +150,7 @@ def train(
       rounds: by default as many as the preset's epochs have.
       seeds: how many, or which.
       memory: mode of the hypergradient.
+      compute_dtype: float32 or bfloat16, in which the student computes (`students.precision.in_bfloat16`).
       task: a name of TASKS.
       student_knobs: keywords of the student's builder, e.g. {"width": 64}.
       task_knobs: keywords of the task's builder, e.g. {"crop": 193}.
@@ -185,6 +188,7 @@ def train(
         teacher=_named("teacher", teacher, TEACHERS, Teacher),
         rounds=rounds,
         memory=known(f"memory mode {memory!r}", memory, MEMORY_MODES, UsageError),
+        compute_dtype=known(f"compute_dtype {compute_dtype!r}", compute_dtype, COMPUTE_DTYPES, UsageError),
         seeds=numbers,
         settings=dataclasses.replace(column, **settings),
         task=task,

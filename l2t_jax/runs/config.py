@@ -47,6 +47,7 @@ class Config:
     clean: str | None = None  # a file of the training examples that are known to be right, or how many
     train_on_clean: bool = False  # the clean examples of a meta set are trained on as well
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
+    compute_dtype: str = "float32"  # in which the student computes; its state is float32
 
 
 @dataclasses.dataclass(frozen=True)

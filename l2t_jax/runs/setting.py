@@ -30,6 +30,7 @@ from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
+from l2t_jax.students.precision import in_bfloat16
 from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.own import drawn_clean, with_class_weight, with_clean, with_labels
 from l2t_jax.tasks.reading import behind
@@ -243,7 +244,7 @@ def build_student(
     except Exception as error:  # what is for one kind of outputs may fail in any way for another
         told = _told(error, "what it puts out cannot be read")
         raise UsageError(f"{called} does not fit --task={config.task}: {told}{hint}") from error
-    return student
+    return in_bfloat16(student) if config.compute_dtype == "bfloat16" else student
 
 
 def _told(error: Exception, failed: str) -> str:
