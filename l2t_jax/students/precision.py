@@ -3,6 +3,8 @@
 Legend: B batch, C classes.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 
@@ -13,7 +15,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def in_bfloat16(student: Student) -> Student:
-    r"""Compute a student in bfloat16: eight bits of each number, half the memory of what a step keeps.
+    r"""Compute a student in bfloat16: eight significant bits, half the memory of what a step keeps.
 
         apply'(\theta, x) = float32(apply(bfloat16(\theta), bfloat16(x)))
 
@@ -35,7 +37,7 @@ def in_bfloat16(student: Student) -> Student:
     def rounded(variables: dict[str, PyTree], inputs: PyTree) -> tuple[dict[str, PyTree], PyTree]:
         return {**variables, "params": _floats_as(variables["params"], jnp.bfloat16)}, _floats_as(inputs, jnp.bfloat16)
 
-    def wrapped(call):  # type: ignore[no-untyped-def]
+    def wrapped(call: Callable[..., tuple[PyTree, PyTree]]) -> Callable[..., tuple[PyTree, PyTree]]:
         def apply(variables: dict[str, PyTree], inputs: Array, train: bool, *keys: Key | None) -> tuple[PyTree, PyTree]:
             outputs, stats = call(*rounded(variables, inputs), train, *keys)
             dtype = jax.tree.leaves(variables["params"])[0].dtype
