@@ -207,7 +207,7 @@ flags.DEFINE_string(
     "compute_dtype",
     "float32",
     f"{_choices(COMPUTE_DTYPES)}. In which the student computes. Parameters, losses, errors, the hypergradient and the "
-    "teacher stay float32. bfloat16 halves what a step keeps, and is fast where the device has it: not on most CPUs.",
+    "teacher stay float32. bfloat16 is for accelerators: on a CPU it is slower and saves no memory.",
 )
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
 flags.DEFINE_integer(

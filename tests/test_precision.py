@@ -1,5 +1,7 @@
 """Students in bfloat16: what is rounded, what is not, and how far the hypergradient is off."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -92,6 +94,18 @@ def test_a_run_in_half_learns_as_well(tmp_path):
         errors[dtype] = [row["validation_error"] for row in Metrics.read(where / "metrics.jsonl")]
     np.testing.assert_allclose(errors["bfloat16"][0], errors["float32"][0], rtol=0.02)
     assert errors["bfloat16"] != errors["float32"] and abs(scores["float32"] - scores["bfloat16"]) < 0.03
+
+
+@pytest.mark.results
+def test_the_page_has_the_rows_of_the_record():
+    root = Path(__file__).parents[1]
+    record = read_record(root / "benchmarks" / "results" / "precision_cpu.json")
+    page = (root / "docs" / "hypergradient.md").read_text()
+    assert len(record["rows"]) == 9
+    for row in record["rows"]:
+        times, sizes = (f"{row[name][1] / row[name][0]:.2f}" for name in ("seconds", "bytes"))
+        told = (row["describe"], row["length"], f"{100 * row['error']:.1f} %", f"{row['cosine']:.4f}", times, sizes)
+        assert f"| {' | '.join(map(str, told))} |" in page
 
 
 @pytest.mark.parametrize(

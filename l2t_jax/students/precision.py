@@ -15,7 +15,7 @@ COMPUTE_DTYPES = ("float32", "bfloat16")
 
 
 def in_bfloat16(student: Student) -> Student:
-    r"""Compute a student in bfloat16: eight significant bits, half the memory of what a step keeps.
+    r"""Compute a student in bfloat16: eight significant bits, and half the bytes on devices that have it.
 
         apply'(\theta, x) = float32(apply(bfloat16(\theta), bfloat16(x)))
 
