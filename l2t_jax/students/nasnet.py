@@ -131,27 +131,18 @@ class NASNet(nn.Module):
         """Map images [B, H, W, c] to logits [B, C]; with keys [B] operations are left out."""
         first = Conv(32, 3, 2, name="stem_conv") if self.stems else conv(3 * self.width, 3, 1, name="stem_conv")
         x = first(x)
-        outputs: list[Array | None] = [None, batch_norm(train, self.axis_name, name="stem_norm")(x)]
-        total = self.stems + STACKS * self.cells + STACKS - 1
+        x, before = batch_norm(train, self.axis_name, name="stem_norm")(x), None
 
-        def cell(name: str, channels: int, before: Array | None, reduction: bool = False) -> None:
-            place, last = len(outputs) - 2, outputs[-1]
-            assert last is not None
-            rate = self.drop_path * (place + 1) / total  # the deeper, the more often
-            made = Cell(channels, reduction, rate, place, self.axis_name, name=name)
-            outputs.append(made(last, before, train, keys))
-
-        for stem in range(1, self.stems + 1):
-            cell(f"stem_cell{stem}", self.width * 2**stem // 8, outputs[-2], reduction=True)
+        cells = [(f"stem_cell{stem}", self.width * 2**stem // 8, True) for stem in range(1, self.stems + 1)]
         for stack in range(STACKS):
             channels = self.width << stack
-            if stack:
-                cell(f"reduction{stack}", channels, outputs[-2], reduction=True)
-            for i in range(1, self.cells + 1):
-                cell(f"stack{stack + 1}_cell{i}", channels, outputs[-2])
-        last = outputs[-1]
-        assert last is not None
-        return nn.Dense(self.num_classes, name="output")(nn.relu(last).mean((1, 2)))
+            cells += [(f"reduction{stack}", channels, True)] if stack else []
+            cells += [(f"stack{stack + 1}_cell{i}", channels, False) for i in range(1, self.cells + 1)]
+        for place, (name, channels, reduction) in enumerate(cells):
+            rate = self.drop_path * (place + 1) / len(cells)  # the deeper, the more often
+            cell = Cell(channels, reduction, rate, place, self.axis_name, name=name)
+            x, before = cell(x, before, train, keys), x
+        return nn.Dense(self.num_classes, name="output")(nn.relu(x).mean((1, 2)))
 
 
 def nasnet(
