@@ -57,6 +57,8 @@ def _run(client, source, hear):
         if hear:
             hear(message)
 
-    reply = client.execute_interactive(source, timeout=LONGEST, output_hook=note)["content"]
+    # Else a kernel whose cell failed throws away what it is sent in the next moment: this function's next cell.
+    one_by_one = {"stop_on_error": False}
+    reply = client.execute_interactive(source, timeout=LONGEST, output_hook=note, **one_by_one)["content"]
     error = f"{reply['ename']}: {reply['evalue']}" if reply["status"] == "error" else ""
     return Ran(reply["status"], error, streams["stdout"], streams["stderr"], shown, changed)
