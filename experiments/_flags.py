@@ -209,6 +209,13 @@ flags.DEFINE_string(
     f"{_choices(COMPUTE_DTYPES)}. In which the student computes. Parameters, losses, errors, the hypergradient and the "
     "teacher stay float32. bfloat16 is for accelerators: on a CPU it is slower and saves no memory.",
 )
+flags.DEFINE_integer(
+    "micro_batches",
+    1,
+    "Parts of a batch that a device computes one after the other, for a step that does not fit into its memory; one "
+    "more forward pass a gradient. All is exact, but BatchNorm sees a part at a time.",
+    lower_bound=1,
+)
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
 flags.DEFINE_integer(
     "seeds_at_once",
@@ -304,6 +311,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         rounds=FLAGS.rounds,
         memory=_settings.known("memory", FLAGS.memory, MEMORY_MODES),
         compute_dtype=_settings.known("compute_dtype", FLAGS.compute_dtype, COMPUTE_DTYPES),
+        micro_batches=FLAGS.micro_batches,
         seeds=parse_seeds(FLAGS.seeds),
         settings=preset,
         noise=noise,

@@ -21,8 +21,8 @@ from experiments import _flags, _labels, _noise, _settings
 from experiments._command import command, start
 from l2t_jax.presets import Preset
 from l2t_jax.runs import tables
-from l2t_jax.runs.cells import Cell, cell_name, complete, group_of, loader, records_in, run_cells
-from l2t_jax.runs.config import Config, Noise, Options, UsageError
+from l2t_jax.runs.cells import Cell, cell_name, group_of, loader, records_in, run_cells
+from l2t_jax.runs.config import Config, Noise, Options, UsageError, complete
 from l2t_jax.runs.tables import Column, Record, Row, Section, Table, written
 from l2t_jax.runs.texts import headline, name_of
 

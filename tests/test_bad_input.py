@@ -146,6 +146,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "teacher_schedule": NO_NAME,
     "memory": NO_NAME,
     "compute_dtype": (*NO_NAME, "float16", "float64"),
+    "micro_batches": (*NO_COUNT, "2", "50", "5 --validation_batch_size=101"),
     "seeds": ("0", "-1", "x", "1.5", "1,1", "0,-1", ",", "1,x", "99999999999,", " "),
     "seeds_at_once": NO_COUNT,
     "devices": (*NO_COUNT, "2", "1000000"),  # one simulated device was there before

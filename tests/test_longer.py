@@ -233,6 +233,19 @@ def test_from_python(tmp_path):
         np.testing.assert_array_equal(mine, its)
 
 
+def test_a_run_of_before_a_choice_was_there_goes_on(tmp_path, computed):
+    """As it was then, it is what the default is now."""
+    run(tmp_path, "--method=mae", SHORT, "--seeds=1")
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("compute_dtype", "micro_batches", "knobs"):
+        del config["config"][name]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    computed.clear()
+    run(tmp_path, "--method=mae", SHORT, "--seeds=1", "--resume")
+    assert computed == {}
+    assert launch(classification, *SMALL, "--method=mae", SHORT, "--seeds=1", f"--workdir={tmp_path}") == 2
+
+
 # What is refused
 
 

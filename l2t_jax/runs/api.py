@@ -126,6 +126,7 @@ def train(
     seeds: int | Sequence[int] = 3,
     memory: str = "auto",
     compute_dtype: str = "float32",
+    micro_batches: int = 1,
     task: str = "classification",
     student_knobs: dict[str, Any] | None = None,
     task_knobs: dict[str, Any] | None = None,
@@ -151,6 +152,7 @@ def train(
       seeds: how many, or which.
       memory: mode of the hypergradient.
       compute_dtype: float32 or bfloat16, in which the student computes (`students.precision.in_bfloat16`).
+      micro_batches: parts of a batch that are computed one after the other (`students.micro_batches`).
       task: a name of TASKS.
       student_knobs: keywords of the student's builder, e.g. {"width": 64}.
       task_knobs: keywords of the task's builder, e.g. {"crop": 193}.
@@ -189,6 +191,7 @@ def train(
         rounds=rounds,
         memory=known(f"memory mode {memory!r}", memory, MEMORY_MODES, UsageError),
         compute_dtype=known(f"compute_dtype {compute_dtype!r}", compute_dtype, COMPUTE_DTYPES, UsageError),
+        micro_batches=micro_batches,
         seeds=numbers,
         settings=dataclasses.replace(column, **settings),
         task=task,

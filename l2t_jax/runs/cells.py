@@ -9,9 +9,8 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from l2t_jax.data import Dataset
-from l2t_jax.presets import Preset
 from l2t_jax.runs import trained_teachers
-from l2t_jax.runs.config import Config, Options
+from l2t_jax.runs.config import Config, Options, complete
 from l2t_jax.runs.records import WorkdirError, read_record, write_record
 from l2t_jax.runs.running import run_entries
 from l2t_jax.runs.setting import build_setting, prepare
@@ -119,11 +118,3 @@ def _method_and_seed(pair: str) -> tuple[str, int]:
     """Of a key of a record's "taught_by"."""
     method, _, seed = pair.partition(", seed ")
     return method, int(seed)
-
-
-def complete(config: dict[str, Any]) -> dict[str, Any]:
-    """A record's config with what was not yet a choice when it was written, as it was then: the defaults."""
-    fields = [field for field in dataclasses.fields(Config) if field.name not in config]
-    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
-    defaults = {field.name: field.default for field in fields} | made
-    return defaults | config | {"settings": dataclasses.asdict(Preset()) | config["settings"]}

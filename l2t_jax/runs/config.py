@@ -48,6 +48,15 @@ class Config:
     train_on_clean: bool = False  # the clean examples of a meta set are trained on as well
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
     compute_dtype: str = "float32"  # in which the student computes; its state is float32
+    micro_batches: int = 1  # parts of a batch that a device computes one after the other
+
+
+def complete(config: dict[str, Any]) -> dict[str, Any]:
+    """A record's config with what was not yet a choice when it was written, as it was then: the defaults."""
+    fields = [field for field in dataclasses.fields(Config) if field.name not in config]
+    made = {field.name: field.default_factory() for field in fields if callable(field.default_factory)}
+    defaults = {field.name: field.default for field in fields} | made
+    return defaults | config | {"settings": dataclasses.asdict(Preset()) | config["settings"]}
 
 
 @dataclasses.dataclass(frozen=True)

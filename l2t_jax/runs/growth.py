@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from l2t_jax.methods import knobs_read
+from l2t_jax.runs.config import complete
 from l2t_jax.runs.records import Growth, unchanged
 from l2t_jax.runs.setting import Entry, Setting
 
@@ -41,8 +42,9 @@ def grow(there: dict[str, Any], asked: dict[str, Any], bounds: Bounds) -> Growth
       asked: that of the run which it is to become.
       bounds: of the latter.
     """
-    if not there.keys() >= {*GROWS, "settings", "knobs", "taught_by"}:  # it is of something else
+    if not there.keys() >= {*GROWS, "settings", "taught_by"}:  # it is of something else
         return unchanged(there, asked)
+    there = complete(there)
     config = {**there, **{name: asked[name] for name in GROWS}}
     was = {name: there[name] for name in GROWS if there[name] != asked[name]}
     # Of how long a run is `rounds` says all.

@@ -30,6 +30,7 @@ from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
 from l2t_jax.students import STUDENTS
+from l2t_jax.students.micro_batches import in_micro_batches
 from l2t_jax.students.precision import in_bfloat16
 from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.own import drawn_clean, with_class_weight, with_clean, with_labels
@@ -106,6 +107,7 @@ def build_setting(
     inputs = _zeros(example.inputs)
     student = build_student(config, task, example, layout.axis_name, own.student)
     task = build_task(config, dataset, layout.axis_name)  # now that it was tried on one device
+    student = divided(config, student, layout.devices if layout.axis_name else 1)
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
         task = with_keys(task)
@@ -245,6 +247,38 @@ def build_student(
         told = _told(error, "what it puts out cannot be read")
         raise UsageError(f"{called} does not fit --task={config.task}: {told}{hint}") from error
     return in_bfloat16(student) if config.compute_dtype == "bfloat16" else student
+
+
+def divided(config: Config, student: Student, devices: int) -> Student:
+    """The student that sees each device's part of a batch in so many micro-batches.
+
+    Args:
+      config: of the run.
+      student: of `build_student`.
+      devices: over which every batch is divided.
+
+    Raises:
+      UsageError: they do not divide the batch, or have not the size of parts of the validation batch.
+    """
+    count = config.micro_batches
+    if not isinstance(count, int) or count < 1:
+        raise UsageError(f"micro_batches={count!r} is not a positive integer: give at least 1.")
+    if count == 1:
+        return student
+    batch, validation = (x // devices for x in (config.settings.batch_size, config.settings.validation_batch_size))
+    size, rest = divmod(batch, count)
+    on_each = f" on each of {devices} devices" if devices > 1 else ""
+    if rest:
+        raise UsageError(
+            f"--micro_batches={count} does not divide the {batch} examples of a batch{on_each}: give "
+            "a divisor of that, or another --batch_size."
+        )
+    if validation > size and validation % size:
+        raise UsageError(
+            f"--micro_batches={count} has parts of {size}, which do not divide the {validation} examples "
+            f"of a validation batch{on_each}: give --validation_batch_size as a multiple of {size * devices}."
+        )
+    return in_micro_batches(student, size)
 
 
 def _told(error: Exception, failed: str) -> str:

@@ -12,6 +12,7 @@ from l2t_jax.students.layers import (
     conv,
     dropout,
     from_linen,
+    relu,
     require_depth,
     require_positive,
     require_probability,
@@ -35,7 +36,7 @@ class DenseNet(nn.Module):
         """Map images [B, H, W, c] to logits [B, C]; with keys [B] entries are dropped out."""
 
         def activated(x: Array, name: str) -> Array:
-            return nn.relu(batch_norm(train, self.axis_name, name=name)(x))
+            return relu(batch_norm(train, self.axis_name, name=name)(x))
 
         place = 0
 

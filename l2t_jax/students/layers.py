@@ -192,6 +192,15 @@ def conv(channels: int, kernel: int, stride: int, name: str, dilation: int = 1) 
     return Conv(channels, kernel, stride, dilation * (kernel // 2), dilation=dilation, name=name)
 
 
+def relu(x: Array) -> Array:
+    """Rectify: max(x, 0), whose derivative at 0 is 0.
+
+    `jax.nn.relu` says the same, and is not used for what jax 0.10 makes of it: differentiated twice through a scan (a
+    batch in parts) it forgets its rule, and has a half at 0, as maxima have. Dark borders of images end in zeros.
+    """
+    return jnp.where(x <= 0, 0, x)  # and not x > 0, which would hide a NaN
+
+
 def max_pool(x: Array, window: int = 2) -> Array:
     """Take the maximum over windows that do not overlap: [B, H, W, c] -> [B, H // window, W // window, c].
 

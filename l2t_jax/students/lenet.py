@@ -2,7 +2,7 @@
 
 from flax import linen as nn
 
-from l2t_jax.students.layers import Conv, dense, from_linen, max_pool, pad_to, require_positive
+from l2t_jax.students.layers import Conv, dense, from_linen, max_pool, pad_to, relu, require_positive
 from l2t_jax.types import Array, Student
 
 
@@ -18,10 +18,10 @@ class LeNet(nn.Module):
         x = pad_to(x, 32)
         for i, channels in enumerate((self.width, round(self.width * 16 / 6)), start=1):
             conv = Conv(channels, 5, use_bias=True, name=f"conv{i}")
-            x = max_pool(nn.relu(conv(x)))
+            x = max_pool(relu(conv(x)))
         x = x.reshape(x.shape[0], -1)
         for i, units in enumerate((20 * self.width, 14 * self.width), start=1):
-            x = nn.relu(dense(units, name=f"dense{i}")(x))
+            x = relu(dense(units, name=f"dense{i}")(x))
         return nn.Dense(self.num_classes, name="output")(x)
 
 

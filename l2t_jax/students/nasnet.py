@@ -16,6 +16,7 @@ from l2t_jax.students.layers import (
     drop_path,
     from_linen,
     max_pool_3x3,
+    relu,
     require_positive,
     require_probability,
 )
@@ -55,7 +56,7 @@ class Separable(nn.Module):
         """Map [B, H, W, c] to [B, ceil(H / stride), ceil(W / stride), channels]."""
         for i, stride in enumerate((self.stride, 1), start=1):
             wide = x.shape[-1]
-            x = Conv(wide, self.kernel, stride, "SAME", groups=wide, name=f"depthwise_conv{i}")(nn.relu(x))
+            x = Conv(wide, self.kernel, stride, "SAME", groups=wide, name=f"depthwise_conv{i}")(relu(x))
             x = batch_norm(train, self.axis_name, name=f"norm{i}")(Conv(self.channels, 1, name=f"conv{i}")(x))
         return x
 
@@ -72,7 +73,7 @@ class Cell(nn.Module):
     @nn.compact
     def __call__(self, x: Array, before: Array | None, train: bool, keys: Key | None) -> Array:
         """Map [B, H, W, c], and the cell before that, to [B, H, W, 6 channels]; a reduction to half H, W and 4."""
-        states = [self._projected(nn.relu(x), "input", train), x if before is None else self._fitted(before, x, train)]
+        states = [self._projected(relu(x), "input", train), x if before is None else self._fitted(before, x, train)]
         for i, pair in enumerate(REDUCTION if self.reduction else NORMAL):
             operands = [
                 self._operation(kind, states[state], 2 if self.reduction and state < 2 else 1, f"sum{i + 1}_{j}", train)
@@ -96,7 +97,7 @@ class Cell(nn.Module):
             "same": lambda x: x,
         }
         fits = x.shape[-1] == self.channels
-        x = pool[kind](nn.relu(x) if kind == "same" and not fits else x)
+        x = pool[kind](relu(x) if kind == "same" and not fits else x)
         return x if fits else self._projected(x, name, train)
 
     def _projected(self, x: Array, name: str, train: bool) -> Array:
@@ -106,8 +107,8 @@ class Cell(nn.Module):
         """The cell before, in the size of x and with the channels of a part."""
         if before.shape[1:3] == x.shape[1:3]:
             fits = before.shape[-1] == self.channels
-            return before if fits else self._projected(nn.relu(before), "before", train)
-        before = nn.relu(before)
+            return before if fits else self._projected(relu(before), "before", train)
+        before = relu(before)
         shifted = jnp.pad(before[:, 1:, 1:], ((0, 0), (0, 1), (0, 1), (0, 0)))
         halves = [
             Conv(self.channels // 2 + i * (self.channels % 2), 1, name=f"before_conv{i + 1}")(half[:, ::2, ::2])
@@ -142,7 +143,7 @@ class NASNet(nn.Module):
             rate = self.drop_path * (place + 1) / len(cells)  # the deeper, the more often
             cell = Cell(channels, reduction, rate, place, self.axis_name, name=name)
             x, before = cell(x, before, train, keys), x
-        return nn.Dense(self.num_classes, name="output")(nn.relu(x).mean((1, 2)))
+        return nn.Dense(self.num_classes, name="output")(relu(x).mean((1, 2)))
 
 
 def nasnet(

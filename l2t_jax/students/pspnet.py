@@ -20,6 +20,7 @@ from l2t_jax.students.layers import (
     conv,
     dropout,
     from_linen,
+    relu,
     require_positive,
     require_probability,
     resize_aligned,
@@ -86,16 +87,16 @@ class PSPNet(nn.Module):
         branches = [high]
         for cells in BINS:
             y = Conv(high.shape[-1] // len(BINS), 1, name=f"pyramid{cells}_conv")(adaptive_average_pool(high, cells))
-            y = nn.relu(self._norm(f"pyramid{cells}_norm", train, cells)(y))
+            y = relu(self._norm(f"pyramid{cells}_norm", train, cells)(y))
             branches.append(resize_aligned(y, (high.shape[1], high.shape[2])))
         y = conv(self.channels, 3, 1, "fuse_conv")(jnp.concatenate(branches, axis=-1))
-        y = nn.relu(self._norm("fuse_norm", train)(y))
+        y = relu(self._norm("fuse_norm", train)(y))
         y = dropout(y, self.dropout, keys, 0, channels=True)
         logits = resize_aligned(nn.Dense(self.num_classes, name="output")(y), size)
         if not (train or self.is_initializing()):
             return Segmented(logits)
         y = conv(self.second, 3, 1, "auxiliary_conv")(low)
-        y = nn.relu(self._norm("auxiliary_norm", train)(y))
+        y = relu(self._norm("auxiliary_norm", train)(y))
         y = dropout(y, self.dropout, keys, 1, channels=True)
         return Segmented(logits, resize_aligned(nn.Dense(self.num_classes, name="auxiliary_output")(y), size))
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from l2t_jax.inputs import known
-from l2t_jax.students.layers import batch_norm, conv, from_linen, max_pool_3x3, require_positive
+from l2t_jax.students.layers import batch_norm, conv, from_linen, max_pool_3x3, relu, require_positive
 from l2t_jax.students.state_dicts import in_dtype, load_maps, read_state_dict, require_colors
 from l2t_jax.types import Array, Key, PyTree, Student
 
@@ -39,10 +39,10 @@ class Block(nn.Module):
             width = out if i == len(kinds) else self.channels
             y = conv(width, kernel, stride, f"conv{i}", dilation)(y)
             y = norm(f"norm{i}")(y)
-            y = nn.relu(y) if i < len(kinds) else y
+            y = relu(y) if i < len(kinds) else y
         if self.stride > 1 or x.shape[-1] != out:
             x = norm("shortcut_norm")(conv(out, 1, self.stride, "shortcut_conv")(x))
-        return nn.relu(y + x)
+        return relu(y + x)
 
 
 class ResNetMaps(nn.Module):
@@ -63,7 +63,7 @@ class ResNetMaps(nn.Module):
         deep = [(self.width, 3, 2), (self.width, 3, 1), (2 * self.width, 3, 1)]
         for i, (channels, kernel, stride) in enumerate(deep if self.stem == "deep" else [(self.width, 7, 2)], start=1):
             x = conv(channels, kernel, stride, f"stem_conv{i}")(x)
-            x = nn.relu(norm(f"stem_norm{i}")(x))
+            x = relu(norm(f"stem_norm{i}")(x))
         x, maps = max_pool_3x3(x), []
         strides, dilations = ((1, 2, 1, 1), (1, 1, 2, 4)) if self.dilated else ((1, 2, 2, 2), (1, 1, 1, 1))
         for stage, (count, first, dilation) in enumerate(zip(self.blocks, strides, dilations, strict=True)):

@@ -6,7 +6,15 @@ import jax.numpy as jnp
 from flax import linen as nn
 
 from l2t_jax.inputs import known
-from l2t_jax.students.layers import average_pool_to_grid, batch_norm, conv, from_linen, require_depth, require_positive
+from l2t_jax.students.layers import (
+    average_pool_to_grid,
+    batch_norm,
+    conv,
+    from_linen,
+    relu,
+    require_depth,
+    require_positive,
+)
 from l2t_jax.types import Array, Student
 
 SHORTCUTS = ("a", "b")  # zeros, without parameters; a 1x1 convolution
@@ -24,10 +32,10 @@ class BasicBlock(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         """Map [B, H, W, c] to [B, H / stride, W / stride, channels]."""
         y = conv(self.channels, 3, self.stride, name="conv1")(x)
-        y = nn.relu(batch_norm(train, self.axis_name, name="norm1")(y))
+        y = relu(batch_norm(train, self.axis_name, name="norm1")(y))
         y = conv(self.channels, 3, 1, name="conv2")(y)
         y = batch_norm(train, self.axis_name, name="norm2")(y)
-        return nn.relu(y + self._skip(x, train))
+        return relu(y + self._skip(x, train))
 
     def _skip(self, x: Array, train: bool) -> Array:
         if self.stride == 1 and x.shape[-1] == self.channels:
@@ -53,7 +61,7 @@ class ResNet(nn.Module):
     def __call__(self, x: Array, train: bool) -> Array:
         """Map images [B, H, W, c] to logits [B, C]."""
         x = conv(self.width, 3, 1, name="stem_conv")(x)
-        x = nn.relu(batch_norm(train, self.axis_name, name="stem_norm")(x))
+        x = relu(batch_norm(train, self.axis_name, name="stem_norm")(x))
         for stage in range(3):
             for block in range(self.blocks):
                 stride = 2 if stage > 0 and block == 0 else 1

@@ -11,7 +11,7 @@ import numpy as np
 from flax import linen as nn
 from jax import lax
 
-from l2t_jax.students.layers import dropout, from_linen, require_positive, require_probability
+from l2t_jax.students.layers import dropout, from_linen, relu, require_positive, require_probability
 from l2t_jax.types import Array, Key, PyTree, Stepwise, Student
 
 PAD = 0  # the id of padding
@@ -66,7 +66,7 @@ class Layer(nn.Module):
         x = self.norm(x + dropout(self.itself(x, kept[0], kept[1], mask), self.dropout, keys, place))
         if self.decodes:
             x = self.across_norm(x + dropout(self.across(x, source[0], source[1], seen), self.dropout, keys, place + 1))
-        inner = nn.relu(self.up(x))
+        inner = relu(self.up(x))
         return self.last_norm(x + dropout(self.down(inner), self.dropout, keys, place + 2))
 
     def __call__(

@@ -10,6 +10,7 @@ from l2t_jax.students.layers import (
     conv,
     dropout,
     from_linen,
+    relu,
     require_depth,
     require_positive,
     require_probability,
@@ -31,9 +32,9 @@ class WideBlock(nn.Module):
     @nn.compact
     def __call__(self, x: Array, train: bool, keys: Key | None) -> Array:
         """Map [B, H, W, c] to [B, H / stride, W / stride, channels]."""
-        before = nn.relu(batch_norm(train, self.axis_name, name="norm1")(x))
+        before = relu(batch_norm(train, self.axis_name, name="norm1")(x))
         y = conv(self.channels, 3, self.stride, name="conv1")(before)
-        y = nn.relu(batch_norm(train, self.axis_name, name="norm2")(y))
+        y = relu(batch_norm(train, self.axis_name, name="norm2")(y))
         y = conv(self.channels, 3, 1, name="conv2")(dropout(y, self.dropout, keys, self.place))
         if self.stride > 1 or x.shape[-1] != self.channels:
             x = conv(self.channels, 1, self.stride, name="shortcut_conv")(before)
@@ -59,7 +60,7 @@ class WideResNet(nn.Module):
                 name, place = f"stage{stage + 1}_block{block + 1}", stage * self.blocks + block
                 channels = FIRST * self.width << stage
                 x = WideBlock(channels, stride, self.dropout, place, self.axis_name, name=name)(x, train, keys)
-        x = nn.relu(batch_norm(train, self.axis_name, name="norm")(x))
+        x = relu(batch_norm(train, self.axis_name, name="norm")(x))
         return nn.Dense(self.num_classes, name="output")(x.mean((1, 2)))
 
 
