@@ -216,6 +216,18 @@ flags.DEFINE_integer(
     "more forward pass a gradient. All is exact, but BatchNorm sees a part at a time.",
     lower_bound=1,
 )
+flags.DEFINE_bool(
+    "skip_broken",
+    False,
+    "Of images in files: read all once, and leave out those that cannot be read. Without it the first such image ends "
+    "the run, with its name.",
+)
+flags.DEFINE_bool(
+    "stream",
+    False,
+    "Keep examples on the host and bring those of some rounds to the device while it computes the ones before, for "
+    "sets that are larger than its memory. The numbers stay the same. Images in files are read so anyway.",
+)
 flags.DEFINE_string("seeds", "3", "A count (3 means 0,1,2) or a comma-separated list (0,4,7; one seed: 4,).")
 flags.DEFINE_integer(
     "seeds_at_once",
@@ -311,6 +323,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         rounds=FLAGS.rounds,
         memory=_settings.known("memory", FLAGS.memory, MEMORY_MODES),
         compute_dtype=_settings.known("compute_dtype", FLAGS.compute_dtype, COMPUTE_DTYPES),
+        skip_broken=FLAGS.skip_broken,
         micro_batches=FLAGS.micro_batches,
         seeds=parse_seeds(FLAGS.seeds),
         settings=preset,
@@ -328,6 +341,7 @@ def resolve(experiment: str, noise: Noise | None = None, task: str | None = None
         tensorboard=FLAGS.tensorboard,
         on_row=FLAGS.on_row,
         on_summary=FLAGS.on_summary,
+        stream=FLAGS.stream,
         seeds_at_once=FLAGS.seeds_at_once,
         devices=FLAGS.devices,
         shard=_settings.known("shard", FLAGS.shard, SHARDS),

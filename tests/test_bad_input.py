@@ -98,7 +98,7 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "fresh_head": (*NO_SWITCH, "true"),
     # Of other tasks; what of them is wrong there: test_segmentation.py, test_detection.py,
     # test_translation.py.
-    "crop": (*NO_COUNT[2:], "33"),
+    "crop": NO_COUNT[1:],
     "window": (*NO_COUNT[2:], "33"),
     "scales": ("1",),
     "mirror": (*NO_SWITCH, "true"),
@@ -146,6 +146,8 @@ BAD_VALUES = {  # flag -> values each of which is wrong by itself, and flags tha
     "teacher_schedule": NO_NAME,
     "memory": NO_NAME,
     "compute_dtype": (*NO_NAME, "float16", "float64"),
+    "stream": NO_SWITCH,
+    "skip_broken": (*NO_SWITCH, "true"),  # the digits are in memory
     "micro_batches": (*NO_COUNT, "2", "50", "5 --validation_batch_size=101"),
     "seeds": ("0", "-1", "x", "1.5", "1,1", "0,-1", ",", "1,x", "99999999999,", " "),
     "seeds_at_once": NO_COUNT,

@@ -121,6 +121,10 @@ def image_files(folder: Path) -> tuple[list[Path], np.ndarray]:
     files = sorted(file for file in folder.rglob("*") if file.suffix.lower() in IMAGES and file.parent != folder)
     files = [file for file in files if not any(part.startswith(".") for part in file.relative_to(folder).parts)]
     require(bool(files), f"{folder} holds no image in class folders ({', '.join(IMAGES)}).")
+    holding = {file.relative_to(folder).parts[0] for file in files}
+    for place in sorted(folder.iterdir()):
+        empty = place.is_dir() and not place.name.startswith(".") and place.name not in holding
+        require(not empty, f"{place} holds no image ({', '.join(IMAGES)}): put some there, or remove it.")
     return files, np.array([file.parent.relative_to(folder).as_posix() for file in files])
 
 

@@ -47,6 +47,7 @@ class Stored:
 
 
 Element = np.ndarray | bytes | Path | Stored
+ELEMENTS = (np.ndarray, bytes, Path, Stored)
 
 
 def objects(elements: Iterable[Any]) -> np.ndarray:

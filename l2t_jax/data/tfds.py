@@ -1,7 +1,10 @@
 """Prepared TFDS data sets, read without TensorFlow."""
 
+import contextlib
+import hashlib
 import importlib.util
 import json
+import os
 import re
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -106,6 +109,29 @@ def open_tfds(data_dir: Path, download: bool, name: str) -> tuple[Records, Recor
     found = Records(directory, "train"), Records(directory, "test" if "validation" not in splits else "validation")
     for records in found:
         require(len(records) > 0, f"{records.name} in {directory} holds no record.")
+    return found
+
+
+def labels_of(records: Records, field: str = "label") -> np.ndarray:
+    """The class [n] int32 of each record. Whole records are read for it, so it is kept in the user's cache.
+
+    Raises:
+      DataError: a record has none, or cannot be read.
+    """
+    require(field in records.fields, f"{records.name} has {', '.join(records.fields)}: expected a {field}.")
+    about = (records.directory / "dataset_info.json").read_bytes()
+    key = hashlib.sha256(about + f"{records.directory} {records.split} {field}".encode()).hexdigest()[:16]
+    kept = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "l2t_jax" / "labels" / f"{key}.npy"
+    with contextlib.suppress(OSError, ValueError):
+        found: np.ndarray = np.load(kept, allow_pickle=False)
+        if found.shape == (len(records),):
+            return found
+    found = np.fromiter((record[field] for record in records), np.int32, len(records))
+    with contextlib.suppress(OSError):  # a cache that cannot be written saves no time, and nothing is wrong
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        written = kept.with_suffix(f".{os.getpid()}.npy")
+        np.save(written, found)
+        written.replace(kept)
     return found
 
 

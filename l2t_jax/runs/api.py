@@ -18,6 +18,7 @@ import numpy as np
 import optax
 
 from l2t_jax.data import Dataset
+from l2t_jax.data.images import objects
 from l2t_jax.inputs import known
 from l2t_jax.knobs import knobs_of
 from l2t_jax.losses import LOSSES
@@ -37,6 +38,7 @@ from l2t_jax.students import STUDENTS
 from l2t_jax.students.precision import COMPUTE_DTYPES
 from l2t_jax.tasks import TASKS, load, settings_for
 from l2t_jax.tasks.own import as_inputs
+from l2t_jax.tasks.reading import batch_at
 from l2t_jax.teachers import TEACHERS
 from l2t_jax.types import Array, Loss, Method, MethodState, Student, Teacher
 
@@ -56,18 +58,26 @@ class Result:
     states: list[MethodState]  # of the seeds that finished
 
     def probabilities(self, x: Any) -> np.ndarray:
-        """What the students say of inputs [n, ...], raw as those they were trained on: means over seeds [n, C]."""
+        """What the students say of inputs [n, ...], raw as those they were trained on: means over seeds [n, C].
+
+        Where images were read from files, the inputs are files, bytes of files, or arrays uint8 [H, W, c] of any sizes.
+        """
         self._require(of_classes=True)
-        parts, dataset = self.setting.parts, self.setting.dataset
-        train = dataset.train["inputs"]
+        train = self.setting.dataset.train["inputs"]
+        if train.dtype == object:
+            return self._said(objects(x))
         inputs = as_inputs(x, "inputs")
         if inputs.dtype != train.dtype or inputs.shape[1:] != train.shape[1:]:
             raise ValueError(
                 f"inputs are {inputs.dtype} {list(inputs.shape)}: expected {train.dtype} [n, "
                 f"{', '.join(map(str, train.shape[1:]))}], raw as those that were trained on."
             )
+        return self._said(inputs)
+
+    def _said(self, inputs: np.ndarray) -> np.ndarray:
+        parts = self.setting.parts
         data = {"inputs": inputs, "labels": np.zeros(len(inputs), np.int32)}
-        batch = parts.task.gather(data, jnp.arange(len(inputs)), None)
+        batch = batch_at(parts.task, data, np.arange(len(inputs)))
         each = [jax.nn.softmax(parts.student.apply(s.student.variables, batch.inputs, False)[0]) for s in self.states]
         return np.mean([np.asarray(one) for one in each], axis=0)
 
@@ -127,6 +137,7 @@ def train(
     memory: str = "auto",
     compute_dtype: str = "float32",
     micro_batches: int = 1,
+    stream: bool = False,
     task: str = "classification",
     student_knobs: dict[str, Any] | None = None,
     task_knobs: dict[str, Any] | None = None,
@@ -153,6 +164,7 @@ def train(
       memory: mode of the hypergradient.
       compute_dtype: float32 or bfloat16, in which the student computes (`students.precision.in_bfloat16`).
       micro_batches: parts of a batch that are computed one after the other (`students.micro_batches`).
+      stream: keep examples on the host, and bring those of each round to the device (`tasks.reading.on_host`).
       task: a name of TASKS.
       student_knobs: keywords of the student's builder, e.g. {"width": 64}.
       task_knobs: keywords of the task's builder, e.g. {"crop": 193}.
@@ -202,6 +214,7 @@ def train(
     stamp = time.strftime("%Y%m%d-%H%M%S")
     options = Options(
         workdir=str(workdir or f"runs/train_{name}_{Path(dataset.name).stem}_{stamp}"),
+        stream=stream,
         resume=resume,
         on_row=_told("on_row", on_row),
         on_summary=_told("on_summary", on_summary),

@@ -48,6 +48,7 @@ class Config:
     train_on_clean: bool = False  # the clean examples of a meta set are trained on as well
     knobs: dict[str, Any] = dataclasses.field(default_factory=dict)  # of losses and methods, "NAME.KNOB": value
     compute_dtype: str = "float32"  # in which the student computes; its state is float32
+    skip_broken: bool = False  # images that cannot be read are left out
     micro_batches: int = 1  # parts of a batch that a device computes one after the other
 
 
@@ -71,6 +72,7 @@ class Options:
     tensorboard: bool = False
     on_row: Hook | str | None = None  # see `l2t_jax.runs.hooks`; a string is MODULE:FUNCTION
     on_summary: Hook | str | None = None
+    stream: bool = False  # examples stay on the host
     seeds_at_once: int | None = None
     devices: int = 1
     shard: str = "batch"

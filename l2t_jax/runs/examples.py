@@ -15,9 +15,9 @@ import numpy as np
 from l2t_jax.data import Dataset
 from l2t_jax.runs.observing import TOGETHER, alone, validation_examples
 from l2t_jax.runs.setting import Entry, Setting
+from l2t_jax.tasks.reading import batch_at
 from l2t_jax.types import Array, Batch, MethodState, PyTree
 
-BATCH = 1000  # examples looked at at once
 TINY = 1e-6  # below which a pull is none
 
 
@@ -51,20 +51,19 @@ def describe(setting: Setting, entry: Entry, states: list[MethodState]) -> Examp
     """
     dataset, task, student = setting.dataset, setting.parts.task, setting.parts.student
     kept = dataset.examples - dataset.meta
-    data = jax.device_put(dataset.train)
+    data = dataset.train if task.read else jax.device_put(dataset.train)
     pulls = _pulls(setting, entry, data, kept)
 
     @jax.jit
-    def probabilities(variables: dict[str, PyTree], which: Array) -> Array:
-        outputs, _ = student.apply(variables, task.gather(data, which, None).inputs, False)
-        return jax.nn.softmax(outputs)
+    def probabilities(variables: dict[str, PyTree], batch: Batch) -> Array:
+        return jax.nn.softmax(student.apply(variables, batch.inputs, False)[0])
 
     given = dataset.train["labels"][:kept]
     whole, pull, weight = np.zeros((kept, setting.parts.classes)), np.zeros(kept), np.zeros(kept)
     for state in states:
         chances = np.zeros_like(whole)
-        for which in _batches(kept, min(BATCH, kept)):
-            chances[which] = np.asarray(probabilities(state.student.variables, which))
+        for which in _batches(kept, min(task.scored_at_once, kept)):
+            chances[which] = np.asarray(probabilities(state.student.variables, batch_at(task, data, which)))
         whole += chances / len(states)
         if pulls is not None:
             one, slope = pulls(state), chances - np.eye(setting.parts.classes)[given]
@@ -89,17 +88,17 @@ def _pulls(setting: Setting, entry: Entry, data: PyTree, kept: int) -> Callable[
     method, task = entry.method, setting.parts.task
     if method.pull is None:
         return None
-    validation = task.gather(data, validation_examples(setting), None)
+    validation = batch_at(task, data, validation_examples(setting))
 
-    def pull(state: MethodState, which: Array, validation: Batch) -> Array:
-        return method.pull(state, task.gather(data, which, None), validation)  # type: ignore[misc]
+    def pull(state: MethodState, batch: Batch, validation: Batch) -> Array:
+        return method.pull(state, batch, validation)  # type: ignore[misc]
 
     compute = jax.jit(alone(setting, pull))
 
     def pulls(state: MethodState) -> np.ndarray:
         found = np.zeros(kept)
         for which in _batches(kept, min(TOGETHER, kept)):
-            found[which] = np.asarray(compute(state, which, validation)).reshape(-1)
+            found[which] = np.asarray(compute(state, batch_at(task, data, which), validation)).reshape(-1)
         return found
 
     return pulls

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax.runs.setting import Setting
+from l2t_jax.tasks.reading import batch_at
 from l2t_jax.types import Array, Batch, Method, MethodState, PyTree
 
 EXAMPLES = 1000  # of the corrupted training part, the first ones in its random order; always the same
@@ -30,10 +31,9 @@ class Observer:
     def __init__(self, setting: Setting, method: Method) -> None:
         """Take the examples; compiles one function for all states of the method."""
         dataset, task, student = setting.dataset, setting.parts.task, setting.parts.student
-        data = jax.device_put(dataset.train)
         kept = dataset.examples - dataset.meta
-        batch = task.gather(data, jnp.arange(min(EXAMPLES, kept)), None)
-        validation = task.gather(data, validation_examples(setting), None)
+        batch = batch_at(task, dataset.train, np.arange(min(EXAMPLES, kept)))
+        validation = batch_at(task, dataset.train, validation_examples(setting))
 
         def look(state: MethodState, batch: Batch, validation: Batch) -> dict[str, Array]:
             outputs, _ = student.apply(state.student.variables, batch.inputs, False)
@@ -60,10 +60,10 @@ class Observer:
         return {"student_steps": done * self._steps_per_round, **values}
 
 
-def validation_examples(setting: Setting) -> Array:
+def validation_examples(setting: Setting) -> np.ndarray:
     """Examples that stand for a validation batch: the meta set's; without one they are as wrong as the others."""
     n = setting.dataset.examples
-    return jnp.arange(n - setting.parts.plan.validation_batch_size, n)
+    return np.arange(n - setting.parts.plan.validation_batch_size, n)
 
 
 def alone(setting: Setting, look: Callable[..., Any]) -> Callable[..., Any]:

@@ -252,6 +252,13 @@ class Program:
             return jax.device_put(tree)
         return self._put(jax.tree.map(lambda x: np.broadcast_to(x, (len(self._local), *np.shape(x))), tree))
 
+    def part(self, x: np.ndarray) -> np.ndarray:
+        """Of batches [..., B] what the devices of this process read, [..., B L / D]; all where none is divided."""
+        if self.layout.axis_name is None:
+            return x
+        each = x.shape[-1] // self.layout.devices * len(self._local)
+        return x[..., jax.process_index() * each : (jax.process_index() + 1) * each]
+
     def place(self, states: list[MethodState]) -> PyTree:
         """The states of up to G runs, as a call takes them; what was given stays valid, since these are copies."""
         return self._put(self._spread(_stack(self._filled(states))))
@@ -307,11 +314,9 @@ class Program:
         spread = self._spread(dispatch)
         if self.layout.axis_name is None:
             return spread
-        first = jax.process_index() * len(self._local)
 
         def part(x: np.ndarray) -> np.ndarray:  # [L, ..., B] -> [L, ..., B / D]
-            size = x.shape[-1] // self.layout.devices
-            return np.stack([y[..., (first + i) * size : (first + i + 1) * size] for i, y in enumerate(x)])
+            return np.stack([np.split(self.part(y), len(self._local), axis=-1)[i] for i, y in enumerate(x)])
 
         return spread._replace(train=part(spread.train), validation=part(spread.validation))
 

@@ -1,7 +1,10 @@
 """Progress of long work: a bar on a terminal, a line that changes in a notebook, plain lines elsewhere."""
 
+import contextlib
+import logging
 import sys
 import time
+from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Any
 
@@ -101,3 +104,28 @@ class RunProgress:
         )
         left /= self._at_once
         return f"{int(left // 60)}:{int(left % 60):02d} left"
+
+
+@contextlib.contextmanager
+def logged(line: Callable[[str], None]) -> Iterator[None]:
+    """Show what the library logs, each message once: the choice of a memory mode, images that are left out."""
+    seen: set[str] = set()
+
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            message = record.getMessage()
+            if message not in seen:
+                seen.add(message)
+                line(message)
+
+    library, lines = logging.getLogger("l2t_jax"), Lines()
+    before = library.level, library.propagate
+    library.addHandler(lines)
+    library.setLevel(logging.INFO)
+    library.propagate = False  # the root logger's handlers would write into the progress bars
+    try:
+        yield
+    finally:
+        library.removeHandler(lines)
+        library.setLevel(before[0])
+        library.propagate = before[1]

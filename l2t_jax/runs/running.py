@@ -1,12 +1,10 @@
 """Run methods over seeds and keep everything in a run directory: what every experiment shares."""
 
-import contextlib
 import dataclasses
-import logging
 import signal
 import threading
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -20,7 +18,7 @@ from l2t_jax.runs.growth import growth_of
 from l2t_jax.runs.hooks import Hooks, told_by
 from l2t_jax.runs.observing import Observer
 from l2t_jax.runs.parallel import Program, is_leader, leader_first
-from l2t_jax.runs.progress import RunProgress
+from l2t_jax.runs.progress import RunProgress, logged
 from l2t_jax.runs.records import RunDirectory, open_run, save_arrays
 from l2t_jax.runs.reporting import Outcomes, reason, report
 from l2t_jax.runs.setting import FRESH, TRANSFER, Entry, Setting, first_state
@@ -145,7 +143,7 @@ def train_entries(
         for name, content in getattr(setting.dataset.info, "files", {}).items():
             (leader.directory.path / name).write_bytes(content)
     outcomes: Outcomes = {}
-    with progress, _shown(progress.line), Stop(progress.line) as stop:
+    with progress, logged(progress.line), Stop(progress.line) as stop:
         progress.line(f"{config.dataset}, {config.student}, preset {config.preset}; files go to {options.workdir}")
         if leader is not None and leader.directory.news:
             progress.line(f"going on with what is there: {', '.join(leader.directory.news)}")
@@ -183,31 +181,6 @@ def _counts(setting: Setting) -> dict[str, dict[str, dict[str, int]]]:
     told = {part: {why: n for why, n in of.items() if n} for part, of in counts.items()}
     told = {part: of for part, of in told.items() if of}
     return {"counts": told} if told else {}
-
-
-@contextlib.contextmanager
-def _shown(line: Callable[[str], None]) -> Iterator[None]:
-    """Show what the library logs, each message once: the choice of a memory mode."""
-    seen: set[str] = set()
-
-    class Lines(logging.Handler):
-        def emit(self, record: logging.LogRecord) -> None:
-            message = record.getMessage()
-            if message not in seen:
-                seen.add(message)
-                line(message)
-
-    library, lines = logging.getLogger("l2t_jax"), Lines()
-    before = library.level, library.propagate
-    library.addHandler(lines)
-    library.setLevel(logging.INFO)
-    library.propagate = False  # the root logger's handlers would write into the progress bars
-    try:
-        yield
-    finally:
-        library.removeHandler(lines)
-        library.setLevel(before[0])
-        library.propagate = before[1]
 
 
 def _train_entry(

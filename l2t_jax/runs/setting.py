@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import os
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -29,12 +30,13 @@ from l2t_jax.presets import Preset
 from l2t_jax.runs import parallel
 from l2t_jax.runs.config import Config, Options, UsageError
 from l2t_jax.runs.parallel import Layout
+from l2t_jax.runs.progress import logged
 from l2t_jax.students import STUDENTS
 from l2t_jax.students.micro_batches import in_micro_batches
 from l2t_jax.students.precision import in_bfloat16
 from l2t_jax.tasks import TASKS, load
 from l2t_jax.tasks.own import drawn_clean, with_class_weight, with_clean, with_labels
-from l2t_jax.tasks.reading import behind
+from l2t_jax.tasks.reading import behind, on_host
 from l2t_jax.types import Array, Batch, How, Key, Loss, Method, MethodState, PyTree, Student, Task, Teacher
 from l2t_jax.unroll import errors_of
 
@@ -107,6 +109,9 @@ def build_setting(
     inputs = _zeros(example.inputs)
     student = build_student(config, task, example, layout.axis_name, own.student)
     task = build_task(config, dataset, layout.axis_name)  # now that it was tried on one device
+    if options.stream and task.lengths:
+        raise UsageError(f"--stream: the examples of --task={config.task} are cut to their lengths on the device.")
+    task = on_host(task) if options.stream else task
     student = divided(config, student, layout.devices if layout.axis_name else 1)
     task, inputs = behind(task, student), seen_by(student, inputs)
     if student.draws:
@@ -383,13 +388,17 @@ def build_plan(config: Config, dataset: Dataset, task: Task | None = None) -> Pl
 def prepare(config: Config, options: Options) -> Dataset:
     """Load a config's data set, put other labels and a clean part in place, hold a part out, make labels wrong.
 
+    First, where that is asked for, images that cannot be read are left out.
+
     Then classes are made rare, of what is trained on: what is held out and what is clean keep their shares.
 
     Raises:
       DataError: it is not there, or cannot be divided or corrupted as asked.
     """
     spec = TASKS[config.task]
-    dataset = load(config.dataset, options.data_dir, options.download, task=config.task)
+    how = {"skip_broken": True} if config.skip_broken else {}
+    with logged(lambda line: print(line, file=sys.stderr)):
+        dataset = load(config.dataset, options.data_dir, options.download, task=config.task, **how)
     # Each example is classified, not its pixels.
     labelled = spec.classes and isinstance(dataset.train, dict) and "labels" in dataset.train
     for flag, given, put in (("labels", config.labels, _relabelled), ("clean", config.clean, _with_clean)):

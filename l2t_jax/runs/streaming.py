@@ -21,7 +21,8 @@ class Stream:
     """Gives each dispatch its examples as data, and positions in them in place of indices into the whole set.
 
     What is drawn at random of an example depends on the run's key, the round, the part of the round and the place in
-    it, so how rounds are divided into dispatches, stages and devices changes nothing.
+    it, so how rounds are divided into dispatches, stages and devices changes nothing. Of divided batches a process
+    reads the part of its own devices.
     """
 
     def __init__(self, task: Task, student: Student, examples: PyTree, program: Program) -> None:
@@ -42,7 +43,7 @@ class Stream:
         self._ahead = None
         block = self._program.data(self._filled(wait(), dispatches))
         data = block if self._backbone is None else Held(block, self._backbone)
-        return data, [_placed(dispatch, g) for g, dispatch in enumerate(dispatches)]
+        return data, [self._placed(dispatch, g) for g, dispatch in enumerate(dispatches)]
 
     def close(self) -> None:
         """Read no more."""
@@ -50,15 +51,41 @@ class Stream:
 
     def _read(self, dispatches: list[Dispatch]) -> Callable[[], PyTree]:
         working = [dispatch for dispatch in dispatches if int(dispatch.wanted)]
-        indices = np.concatenate([np.concatenate(_flat(dispatch)) for dispatch in working])
-        return self._reader.begin(indices, [seeds for dispatch in working for seeds in _seeds(dispatch)])
+        indices = np.concatenate([np.concatenate(_flat(self._own(dispatch))) for dispatch in working])
+        return self._reader.begin(indices, [seeds for dispatch in working for seeds in self._seeds(dispatch)])
+
+    def _own(self, dispatch: Dispatch) -> Dispatch:
+        """What this process reads of a dispatch."""
+        train, validation = (self._program.part(np.asarray(x)) for x in (dispatch.train, dispatch.validation))
+        return dispatch._replace(train=train, validation=validation)
+
+    def _placed(self, dispatch: Dispatch, g: int) -> Dispatch:
+        """A dispatch with the positions that its examples have in what was read; those of other processes have none."""
+        train, validation = (np.zeros(np.shape(x), np.int32) for x in (dispatch.train, dispatch.validation))
+        own = [self._program.part(x) for x in (train, validation)]  # views
+        first = g * sum(x.size for x in own)
+        for x in own:
+            x[...] = first + np.arange(x.size).reshape(x.shape)
+            first += x.size
+        return dispatch._replace(train=train, validation=validation)
+
+    def _seeds(self, dispatch: Dispatch) -> list[tuple[int, ...]]:
+        """The seeds of what is drawn of each example, in the order of `_flat`."""
+        key = [int(part) for part in np.ravel(dispatch.key)]
+        rounds = [int(r) for r in np.ravel(dispatch.round)]
+        return [
+            (*key, r, part, int(place))
+            for part, indices in ((TRAIN, dispatch.train), (VALIDATION, dispatch.validation))
+            for r in rounds
+            for place in self._program.part(np.arange(indices[0].size).reshape(indices[0].shape)).ravel()
+        ]
 
     def _filled(self, block: PyTree, dispatches: list[Dispatch]) -> PyTree:
         """A place for each of the G runs: those that have ended have zeros, so that one program serves all."""
         working = [bool(int(dispatch.wanted)) for dispatch in dispatches]
         if all(working):
             return block
-        size = sum(map(len, _flat(dispatches[0])))
+        size = sum(map(len, _flat(self._own(dispatches[0]))))
 
         def fill(x: np.ndarray) -> np.ndarray:
             whole = np.zeros((len(working), size, *x.shape[1:]), x.dtype)
@@ -96,28 +123,6 @@ class Buckets:
 def _flat(dispatch: Dispatch) -> tuple[np.ndarray, np.ndarray]:
     """The indices of the training and of the validation examples."""
     return np.ravel(dispatch.train), np.ravel(dispatch.validation)
-
-
-def _placed(dispatch: Dispatch, g: int) -> Dispatch:
-    """A dispatch with the positions that its examples have in what was read."""
-    train, validation = _flat(dispatch)
-    first = g * (len(train) + len(validation)) + np.arange(len(train) + len(validation), dtype=np.int32)
-    return dispatch._replace(
-        train=first[: len(train)].reshape(np.shape(dispatch.train)),
-        validation=first[len(train) :].reshape(np.shape(dispatch.validation)),
-    )
-
-
-def _seeds(dispatch: Dispatch) -> list[tuple[int, ...]]:
-    """The seeds of what is drawn of each example, in the order of `_flat`."""
-    key = [int(part) for part in np.ravel(dispatch.key)]
-    rounds = [int(r) for r in np.ravel(dispatch.round)]
-    return [
-        (*key, r, part, place)
-        for part, indices in ((TRAIN, dispatch.train), (VALIDATION, dispatch.validation))
-        for r, each in zip(rounds, np.asarray(indices).reshape(len(rounds), -1), strict=True)
-        for place in range(len(each))
-    ]
 
 
 def _signature(dispatches: list[Dispatch]) -> bytes:

@@ -1,10 +1,11 @@
 """Tasks by name: what is learned, from which data, and how a student is scored. A new task is one file and one line."""
 
 import dataclasses
+import inspect
 import os
 from pathlib import Path
 
-from l2t_jax.data import DataError, Dataset
+from l2t_jax.data import DataError, Dataset, require
 from l2t_jax.inputs import known
 from l2t_jax.tasks import own
 from l2t_jax.tasks.classification import CLASSIFICATION
@@ -41,6 +42,7 @@ def load(
     download: bool = False,
     *,
     task: str = "classification",
+    skip_broken: bool = False,
 ) -> Dataset:
     """Load and check a data set.
 
@@ -49,14 +51,19 @@ def load(
       data_dir: where prepared TFDS data lie; by default the environment's TFDS_DATA_DIR, else ~/tensorflow_datasets.
       download: whether to download and prepare data that are missing, which needs TensorFlow and a network.
       task: one of `TASKS`.
+      skip_broken: of images in a folder or a table leave out those that cannot be read, and say which.
     Returns:
-      The data set, all of it in memory.
+      The data set; images that are larger together than memory, or of several sizes, as places where they lie.
     Raises:
       DataError: a name is unknown, or the data are missing, unreadable or not valid.
     """
     spec = TASKS[known(f"task {task!r}", task, TASKS, DataError)]
     if spec.open is not None and is_path(name, spec):
-        return spec.open(Path(name).expanduser())
+        how = {"skip_broken": True} if skip_broken else {}
+        unable = skip_broken and "skip_broken" not in inspect.signature(spec.open).parameters
+        require(not unable, f"skip_broken is of images in classes, not of --task={task}.")
+        return spec.open(Path(name).expanduser(), **how)
+    require(not skip_broken, f"skip_broken is of your own images, and {name} is a prepared set.")
     build = spec.datasets[known(f"data set {name!r}", name, spec.datasets, DataError)]
     default = os.environ.get("TFDS_DATA_DIR") or "~/tensorflow_datasets"
     dataset = build(Path(data_dir or default).expanduser(), download)

@@ -205,6 +205,10 @@ def divide(dataset: Dataset, augment: bool = False) -> Dataset:
     Raises:
       DataError: there are fewer than four classes.
     """
+    require(
+        dataset.train["inputs"].dtype != object,
+        f"{dataset.name}: images have several sizes, or are too many for memory: give this task images of one size.",
+    )
     whole = {name: np.concatenate([dataset.train[name], dataset.test[name]]) for name in ("inputs", "labels")}
     return _divided(dataset.name, whole, dataset.info.names or tuple(range(dataset.info.num_classes)), augment)
 

@@ -4,17 +4,25 @@ Legend: n training examples, F features, H and W height and width in pixels, c c
 """
 
 import dataclasses
+import logging
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from l2t_jax.data import DataError, Dataset, hold_out, require
+from l2t_jax.data.augment import resized_crop
 from l2t_jax.data.files import column_of, image_files, in_a_line, number_in, read_arrays, read_csv, read_images
+from l2t_jax.data.images import decode, objects, size_of
 from l2t_jax.data.noise import balanced
 from l2t_jax.tasks.classification import Classes, check
 
+logger = logging.getLogger(__name__)
+
+LARGE = 2**30  # bytes of images, of which a folder's are no longer held in memory
+SIDE, SAMPLE = 224, 100  # of the squares that are cut from images of any size, at most; images that are looked at first
 HELD_OUT, FEWEST = 0.2, 3  # of the examples of each class, where no test set is given; how many each must have then
 # Names of the arrays of an .npz: training inputs and labels, test inputs and labels.
 ARRAYS = (
@@ -46,7 +54,8 @@ def from_arrays(
     normalised by the mean and the standard deviation of the training examples, per channel or feature.
 
     Args:
-      x: inputs [n, F], [n, H, W] or [n, H, W, c].
+      x: inputs [n, F], [n, H, W] or [n, H, W, c]; or images that are read when they are needed, as
+        `data.images.objects` makes an array of them: files (`pathlib.Path`), or the bytes of files.
       y: labels [n]: numbers or names.
       test: inputs and labels to test on, once; by default a fifth of each class, always the same.
       clean: (inputs, labels) known to be right, or which of the training examples are (indices, or bools [n]): they
@@ -90,7 +99,8 @@ def from_arrays(
     numbers = labels["train"].dtype.kind in "iu"
     names = tuple(int(value) if numbers else value for value in values)
     names = () if names == tuple(range(len(values))) else names
-    info = Classes(len(values), *moments(dataset.train["inputs"]), names=names)
+    crop = _crop(dataset.train["inputs"])
+    info = Classes(len(values), *moments(_sample(dataset.train["inputs"], crop)), names=names, crop=crop)
     dataset = dataclasses.replace(dataset, info=info)
     if clean is not None and not isinstance(clean, tuple):
         dataset = with_clean(dataset, np.asarray(clean))
@@ -211,18 +221,21 @@ def with_clean(dataset: Dataset, which: np.ndarray) -> Dataset:
     return dataset.take(order, meta=int(apart.sum()))
 
 
-def open_path(path: Path) -> Dataset:
+def open_path(path: Path, *, skip_broken: bool = False) -> Dataset:
     """The data set that a path names: a folder of images, an .npz or a .csv.
+
+    Args:
+      path: of it.
+      skip_broken: leave out images that cannot be read, and say which; all are read for it.
 
     Raises:
       DataError: it is none of these, is not there, or cannot be read.
     """
     require(path.exists(), f"{path} is not there: give a folder of images in class folders, an .npz or a .csv.")
     if path.is_dir():
-        return from_folder(path)
-    readers = {".npz": from_npz, ".csv": from_csv}
-    require(path.suffix in readers, f"{path} is none of a folder, an .npz and a .csv.")
-    return readers[path.suffix](path)
+        return from_folder(path, skip_broken=skip_broken)
+    require(path.suffix in (".npz", ".csv"), f"{path} is none of a folder, an .npz and a .csv.")
+    return from_npz(path) if path.suffix == ".npz" else from_csv(path, skip_broken=skip_broken)
 
 
 def from_npz(path: str | Path) -> Dataset:
@@ -244,59 +257,129 @@ def from_npz(path: str | Path) -> Dataset:
     return from_arrays(arrays[x], arrays[y], test=test, name=path.stem, **extras)
 
 
-def from_csv(path: str | Path) -> Dataset:
+def from_csv(path: str | Path, *, skip_broken: bool = False) -> Dataset:
     """A data set of a table with a head: a column "label", and either one "file" of image files or columns of numbers.
 
     A column "split" says train or test, and a column "true" what the right label is, where there are any.
 
+    Args:
+      path: of the table.
+      skip_broken: as of `from_folder`.
     Raises:
       DataError: the file cannot be read, a column is missing, or a cell is none of what it should be; see
         `from_arrays`.
     """
     path = Path(path)
     heads, rows = read_csv(path)
-    label = column_of(path, heads, LABEL)
+    every, label = rows, column_of(path, heads, LABEL)
     require(label is not None, f"{path} has the columns {', '.join(heads)}: expected one called label.")
     assert label is not None
     file, rest = column_of(path, heads, FILE), {SPLIT, TRUE, label}
+    kept = np.ones(len(rows), bool)
     if file is not None:
-        x = read_images([path.parent / row[file] for row in rows])
+        files = [path.parent / row[file] for row in rows]
+        kept = _readable(files) if skip_broken else kept
+        rows = [row for row, good in zip(rows, kept, strict=True) if good]
+        x = _images([name for name, good in zip(files, kept, strict=True) if good])
     else:
         features = [head for head in heads if head not in rest]
         require(bool(features), f"{path} has no column of features, and none called file.")
         x = np.array([[number_in(path, row, head, line) for head in features] for line, row in enumerate(rows, 2)])
     y = np.array([row[label] for row in rows])
     true = np.array([row[TRUE] for row in rows]) if TRUE in heads else None
-    split = np.array([row[SPLIT].lower() if SPLIT in heads else "train" for row in rows])
+    split_of_all = np.array([row[SPLIT].lower() if SPLIT in heads else "train" for row in every])
+    split = split_of_all[kept]
     strange = [word for word in dict.fromkeys(split) if word not in ("train", "test")]
     require(not strange, f"{path}: split {strange[:1]} must be train or test.")
     train, held = split == "train", split == "test"
     test = (x[held], y[held]) if held.any() else None
-    return from_arrays(x[train], y[train], test=test, true=None if true is None else true[train], name=path.stem)
+    dataset = from_arrays(x[train], y[train], test=test, true=None if true is None else true[train], name=path.stem)
+    return _as_listed(dataset, kept[split_of_all == "train"])
 
 
-def from_folder(path: str | Path, *, size: tuple[int, int] | None = None) -> Dataset:
+def from_folder(path: str | Path, *, size: tuple[int, int] | None = None, skip_broken: bool = False) -> Dataset:
     """A data set of images in class folders, or in train/ and test/ with class folders in each.
 
     A class is the folder that holds the images, wherever it lies below.
 
     Args:
       path: of the folder.
-      size: height and width that all images are resized to; by default all must have one size.
+      size: height and width that all images are resized to. By default images of one size are as they are; images of
+        several sizes, or of more than a GiB, are read when they are needed, and of several sizes squares are cut.
+      skip_broken: leave out images that cannot be read, and say which; all are read for it. The others keep their
+        places in `Dataset.index`, by which a file of labels names them.
     Raises:
-      DataError: there is no image, one cannot be read, or sizes differ; see `from_arrays`.
+      DataError: there is no image, a class has none, or one cannot be read; see `from_arrays`.
     """
     path = Path(path)
     require(path.is_dir(), f"{path} is no folder.")
     train = path / "train" if (path / "train").is_dir() else path
     test = next((path / word for word in ("test", "val", "valid") if train != path and (path / word).is_dir()), None)
     files, labels = image_files(train)
-    if test is None:
-        return from_arrays(read_images(files, size), labels, name=path.name)
-    held, held_labels = image_files(test)
-    both = read_images([*files, *held], size)
-    pair = both[len(files) :], held_labels
-    return from_arrays(both[: len(files)], labels, test=pair, name=path.name)
+    held, held_labels = ([], labels[:0]) if test is None else image_files(test)
+    both, kept = [*files, *held], np.ones(len(files) + len(held), bool)
+    if skip_broken:
+        kept = _readable(both)
+        both = [file for file, good in zip(both, kept, strict=True) if good]
+    images, of_train = _images(both, size), kept[: len(files)]
+    count = int(of_train.sum())
+    pair = None if test is None else (images[count:], held_labels[kept[len(files) :]])
+    dataset = from_arrays(images[:count], labels[of_train], test=pair, name=path.name)
+    return _as_listed(dataset, of_train)
+
+
+def _readable(files: Sequence[Path]) -> np.ndarray:
+    """Which files [n] are images that can be read; the others are named."""
+
+    def fault(file: Path) -> str:
+        try:
+            decode(file)
+        except DataError as error:
+            return str(error).rstrip(".")
+        return ""
+
+    with ThreadPoolExecutor() as pool:  # decoding leaves Python's lock
+        faults = list(pool.map(fault, files))
+    if broken := [told for told in faults if told]:
+        more = ", ..." if len(broken) > 3 else ""
+        logger.warning("%d of %d images are left out: %s%s", len(broken), len(files), ", ".join(broken[:3]), more)
+    good = np.array([not told for told in faults])
+    require(bool(good.any()), f"none of {len(files)} images can be read: {faults[0]}.")
+    return good
+
+
+def _as_listed(dataset: Dataset, kept: np.ndarray) -> Dataset:
+    """The data set of the training examples [n] that were kept, each with its place among all."""
+    return dataclasses.replace(dataset, index=np.flatnonzero(kept)[dataset.index])
+
+
+def _images(files: Sequence[Path], size: tuple[int, int] | None = None) -> np.ndarray:
+    """Images as arrays [n, H, W, c] where they have one size and fit, else as objects [n]."""
+    if size is None:
+        height, width = size_of(files[0])
+        if len(files) * height * width * 3 > LARGE or any(size_of(file) != (height, width) for file in files):
+            return objects(files)
+    return read_images(files, size)
+
+
+def _crop(inputs: np.ndarray) -> int:
+    """The side of the squares that are cut from images; 0 where a sample of them has one size."""
+    if inputs.dtype != object:
+        return 0
+    sizes = {size_of(image) for image in _some(inputs)}
+    return 0 if len(sizes) == 1 else min(SIDE, *(side for size in sizes for side in size))
+
+
+def _sample(inputs: np.ndarray, crop: int) -> np.ndarray:
+    """Inputs whose moments are those of the set: all that are in memory, some of those that are read."""
+    if inputs.dtype != object:
+        return inputs
+    images = [decode(image) for image in _some(inputs)]
+    return np.stack([resized_crop(image, crop, None) if crop else image for image in images])
+
+
+def _some(inputs: np.ndarray) -> np.ndarray:
+    return inputs[np.linspace(0, len(inputs) - 1, min(SAMPLE, len(inputs))).astype(int)]
 
 
 def as_inputs(x: Any, what: str) -> np.ndarray:
@@ -308,6 +391,8 @@ def as_inputs(x: Any, what: str) -> np.ndarray:
     Raises:
       DataError: they are none of these, ragged, not numbers or not finite.
     """
+    if isinstance(x, np.ndarray) and x.dtype == object and all(isinstance(each, (bytes, Path)) for each in x.ravel()):
+        return x
     try:
         array = np.asarray(x)
     except ValueError as error:

@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from l2t_jax.types import Array, Batch, Key, PyTree, Student, Task
@@ -25,6 +26,25 @@ class Held(NamedTuple):
 
     examples: PyTree  # leaves [n, ...]
     backbone: PyTree  # variables
+
+
+def on_host(task: Task) -> Task:
+    """The task whose examples stay on the host: those of each round are brought to the device before it, as they are.
+
+    What is drawn of them is drawn on the device as before, so every number stays what it is.
+    """
+
+    def read(examples: PyTree, indices: np.ndarray, seeds: Seeds) -> PyTree:
+        return jax.tree.map(lambda x: x[indices], examples)
+
+    return task if task.read else task._replace(read=read)
+
+
+def batch_at(task: Task, examples: PyTree, indices: np.ndarray) -> Batch:
+    """The batch of examples at indices [k], with nothing drawn at random, wherever they are."""
+    if task.read is None:
+        return task.gather(examples, jnp.asarray(indices), None)
+    return task.gather(task.read(examples, indices, None), jnp.arange(len(indices)), None)
 
 
 def held(student: Student, examples: PyTree) -> PyTree:

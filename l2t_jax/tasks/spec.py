@@ -29,7 +29,7 @@ class TaskSpec:
     datasets: dict[str, Callable[[Path, bool], Dataset]]  # name -> (folder of data sets, whether to download) -> data
     # (data set, **knobs) -> as the task reads it, once a part is held out of it; its knobs are flags too
     encode: Callable[..., Dataset] | None = None
-    open: Callable[[Path], Dataset] | None = None  # a user's own data from a path, where the task reads any
+    open: Callable[..., Dataset] | None = None  # a user's own data from a path, where the task reads any
     check: Callable[[Dataset], None] = lambda dataset: None  # raises a DataError that names what is wrong
     # the kind [n] of each training example, of which equal shares are held out; None: all are one kind
     strata: Callable[[Dataset], np.ndarray] | None = None
