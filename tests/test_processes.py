@@ -65,7 +65,8 @@ def test_two_processes_give_the_numbers_of_one_and_resume_on_one(alone, tmp_path
         f"def on_row(row):\n    open({str(given)!r}, 'a').write(row['method'] + str(row['round']) + '\\n')\n"
     )
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    with together(workdir, 2, "--devices=4", "--on_row=mine_of_two:on_row") as processes:
+    # Each reads its part of every batch.
+    with together(workdir, 2, "--devices=4", "--stream", "--on_row=mine_of_two:on_row") as processes:
         outputs = finished(*processes)
     assert [code for *_, code in outputs] == [0, 0], outputs
     assert_close(metrics(workdir), alone)

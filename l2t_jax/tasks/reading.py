@@ -87,11 +87,14 @@ def whole(student: Student, variables: PyTree) -> Student:
 class Reader:
     """Reads examples in threads, while the device computes."""
 
-    def __init__(self, task: Task, examples: PyTree) -> None:
-        """Take what is read: a task with `read`, and examples of its own, leaves [n, ...] NumPy."""
+    def __init__(self, task: Task, examples: PyTree, workers: int | None = None) -> None:
+        """Take what is read: a task with `read`, and examples of its own, leaves [n, ...] NumPy; and how many threads.
+
+        By default as many as the machine has cores, up to `MOST_READERS`.
+        """
         assert task.read is not None
         self._read = partial(task.read, examples)
-        self._workers = min(MOST_READERS, os.cpu_count() or 1)
+        self._workers = workers or min(MOST_READERS, os.cpu_count() or 1)
         self._pool = ThreadPoolExecutor(self._workers)
 
     def begin(self, indices: np.ndarray, seeds: Seeds) -> Callable[[], PyTree]:
