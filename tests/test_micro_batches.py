@@ -1,6 +1,7 @@
 """Students that see a batch in parts: what stays exact, what BatchNorm sees, what is saved, what is refused."""
 
 import logging
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,10 +9,12 @@ import numpy as np
 import optax
 import pytest
 import toy
+from absl.testing import flagsaver
 from flax import linen as nn
 from launching import launch
 from test_students import images, variables_of
 
+from benchmarks import memory
 from experiments import classification
 from l2t_jax import train
 from l2t_jax.hypergradient import hypergradient
@@ -27,6 +30,14 @@ from l2t_jax.unroll import init_state, inner_objective, outer_objective
 
 SGD = optax.sgd(0.1, momentum=0.9)
 B, V, N, SIZE = 6, 4, 3, 2
+COLUMNS = (("save", False), ("mixed", False), ("nested", False), ("mixed", True), ("nested", True))
+
+
+@pytest.fixture(autouse=True)
+def flags_as_they_were():
+    saved = flagsaver.save_flag_values(memory.FLAGS)
+    yield
+    flagsaver.restore_flag_values(saved, memory.FLAGS)
 
 
 def example(key, *lead, weight=False):
@@ -211,3 +222,53 @@ def test_a_rectifier_has_no_slope_at_zero_however_often_it_is_differentiated():
     assert jax.grad(jax.grad(looped))(0.0) == expected == jax.jvp(jax.grad(looped), (0.0,), (1.0,))[1]
     np.testing.assert_array_equal(relu(jnp.array([-1.0, 0.0, 2.0, jnp.nan])), [0, 0, 2, jnp.nan])
     assert relu(jnp.ones(2, jnp.bfloat16)).dtype == jnp.bfloat16
+
+
+@pytest.mark.results
+def test_the_page_has_the_rows_of_the_record():
+    root = Path(__file__).parents[1]
+    record = read_record(root / "benchmarks" / "results" / "memory_cpu.json")
+    page = (root / "docs" / "hypergradient.md").read_text()
+    told = []
+    for student in dict.fromkeys(row["student"] for row in record["rows"]):
+        of = [row for row in record["rows"] if row["student"] == student]
+        if len(of) < 8:
+            continue  # its programs were not all compiled
+        for length in (1, 25):
+            sizes = {(row["mode"], row["size"] < row["batch"]): row for row in of if row["length"] == length}
+            first = sizes["save", False]
+            cells = [f"{sizes[column]['mib']:.0f}" if column in sizes else "" for column in COLUMNS]
+            parameters = f"{first['parameters']:,}".replace(",", " ")
+            name = f"{first['describe']}, {first['image']}"
+            told.append(f"| {' | '.join([name, parameters, str(length), *cells])} |")
+            assert sizes["mixed", True]["mib"] < 0.25 * sizes["save", False]["mib"]
+    assert len(told) >= 6 and all(line in page for line in told), [line for line in told if line not in page]
+
+
+@pytest.mark.parametrize(
+    ("flag", "said"),
+    [
+        ("--students=w9", "'w9' is not one of wide_resnet,"),
+        ("--lengths=0", "at least 1"),
+        ("--micro_batches=2", "does not divide --batch=25 and --validation alike"),
+        ("--validation=101", "does not divide --batch=25 and --validation alike"),
+    ],
+)
+def test_a_benchmark_that_cannot_be_is_told(flag, said, capsys):
+    with pytest.raises(SystemExit) as stop:
+        memory.main(["memory", flag])
+    assert stop.value.code == 2 and said in capsys.readouterr().err
+
+
+def test_a_benchmark_goes_on_where_it_was(tmp_path, monkeypatch, capsys):
+    """A small student in place of the large ones: its rows are kept, and not compiled again."""
+    monkeypatch.setattr(memory, "LARGE", {"small": memory.Large("resnet8", {"width": 2}, 8, 3, "ResNet-8")})
+    monkeypatch.setattr(memory, "PROGRAMS", [("save", False), ("mixed", True)])
+    given = ["memory", "--students=small", "--lengths=2", "--batch=4", "--validation=4", "--micro_batches=2"]
+    memory.main([*given, f"--out={tmp_path / 'r.json'}"])
+    rows = read_record(tmp_path / "r.json")["rows"]
+    assert [(row["mode"], row["size"]) for row in rows] == [("save", 4), ("mixed", 2)]
+    assert rows[0]["parameters"] == rows[1]["parameters"] > 0 and all(row["mib"] > 0 for row in rows)
+    monkeypatch.setattr(memory, "measure", lambda **_: pytest.fail("compiled again"))
+    memory.main([*given, f"--out={tmp_path / 'r.json'}"])
+    assert "ResNet-8, 8" in capsys.readouterr().out

@@ -201,7 +201,7 @@ def _check_part(part: str, examples: dict[str, np.ndarray], num_classes: int) ->
     missing = {"inputs", "labels"} - set(examples)
     require(not missing, f"{part}: there are no {', '.join(sorted(missing))}.")
     inputs = examples["inputs"]
-    if inputs.dtype == object:
+    if inputs.dtype == object and inputs.ndim == 1:
         wrong_kind = [i for i, element in enumerate(inputs) if not isinstance(element, ELEMENTS)]
         require(not wrong_kind, f"{part}: the input at index {wrong_kind[:1]} is no image: expected files or bytes.")
     else:
