@@ -8,10 +8,12 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from absl.testing import flagsaver
 from launching import launch
 from PIL import Image
 from test_boxes import prepare
 
+from benchmarks import reading
 from experiments import classification
 from l2t_jax import from_arrays, from_folder, train
 from l2t_jax.data import DataError, Dataset
@@ -297,3 +299,31 @@ def test_what_cannot_be_asked_for():
         given = {"task": "translation", "student": "lstm_small", "task_knobs": {"buckets": 2}}
         train("cross_entropy", "made_up", stream=True, rounds=1, **given)
     assert task_of(from_arrays(np.stack(images), labels), crop=4).read is not None  # arrays are cropped as well
+
+
+# The benchmark
+
+
+@pytest.mark.results
+def test_the_page_has_the_rows_of_the_record():
+    root = Path(__file__).parents[1]
+    record = read_record(root / "benchmarks" / "results" / "reading_cpu.json")
+    page = (root / "docs" / "own_data.md").read_text()
+    for row in record["rows"]:
+        speed = row["images_per_second"]
+        assert f"| {row['program']} | {speed:.0f} | {1000 * record['batch'] / speed:.0f} |" in page
+    assert f"{record['step_seconds']:.0f} seconds on the same cores" in page
+
+
+def test_the_benchmark_reads_all_images(tmp_path, monkeypatch, capsys):
+    saved = flagsaver.save_flag_values(reading.FLAGS)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)  # grain's processes take seconds to start
+    try:
+        given = ["--images=50", "--repeats=1", "--nostep", "--workers=1,2", f"--out={tmp_path / 'r.json'}"]
+        reading.main(["reading", *given])
+        with pytest.raises(SystemExit):
+            reading.main(["reading", "--workers=0"])
+    finally:
+        flagsaver.restore_flag_values(saved, reading.FLAGS)
+    names = [row["program"] for row in read_record(tmp_path / "r.json")["rows"]]
+    assert names == ["threads, 1", "threads, 2"] and "numbers of at least 1" in capsys.readouterr().err
