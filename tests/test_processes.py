@@ -1,6 +1,7 @@
 """Several processes are one run: the same numbers, the files written once, and an end that is told."""
 
 import json
+import os
 import socket
 import sys
 from contextlib import ExitStack, contextmanager
@@ -94,6 +95,59 @@ def test_two_processes_go_on_for_longer(tmp_path):
     assert at[0] == at[1]
 
 
+SEEDS = ("--preset=residual", "--method=meta_weight_net", "--shard=seeds", "--seeds=3")
+
+
+@pytest.fixture(scope="module")
+def seeds_alone(tmp_path_factory):
+    """Three seeds on four devices, of which one idles, in one process."""
+    workdir = tmp_path_factory.mktemp("seeds") / "run"
+    execute(command(workdir, *SEEDS, "--devices=4"), check=True, cwd=ROOT)
+    return workdir
+
+
+def assert_same(workdir, other):
+    """Bit for bit, what was measured, wherever it ran; and the scores."""
+    rows = [sorted(Metrics.read(path / "metrics.jsonl"), key=str) for path in (workdir, other)]
+    methods = [json.loads((path / "summary.json").read_text())["methods"] for path in (workdir, other)]
+    assert rows[0] == rows[1] and len(rows[0]) == 3 * 4
+    assert [method["score"] for method in methods[0].values()] == [method["score"] for method in methods[1].values()]
+
+
+@pytest.mark.parametrize("stream", [(), ("--stream",)], ids=["held", "streamed"])
+def test_seeds_over_two_processes(seeds_alone, tmp_path, stream):
+    with together(tmp_path / "run", 2, *SEEDS, *stream, "--devices=4") as processes:
+        outputs = finished(*processes)
+    assert [code for *_, code in outputs] == [0, 0], outputs
+    assert "Files:" in outputs[0][0] and "Files:" not in outputs[1][0] and "round" not in outputs[1][1]
+    assert_same(tmp_path / "run", seeds_alone)
+
+
+def test_seeds_over_four_processes_go_on_over_two(seeds_alone, tmp_path):
+    for count, more in ((4, ("--rounds=2",)), (2, ("--resume",))):
+        with together(tmp_path / "run", count, *SEEDS, f"--devices={count}", *more) as processes:
+            outputs = finished(*processes)
+        assert [code for *_, code in outputs] == [0] * count, outputs
+    assert_same(tmp_path / "run", seeds_alone)
+
+
+def test_a_cluster_says_who_is_who(seeds_alone, tmp_path):
+    """The command of the page, as Slurm starts it: the same in each of two tasks, which differ by their environment."""
+    of_job = {"SLURM_JOB_ID": str(20_000 + os.getpid() % 10_000), "SLURM_STEP_NODELIST": "localhost"}
+    of_job |= {"SLURM_NTASKS": "2", "SLURM_STEP_NUM_TASKS": "2"}
+    with ExitStack() as stack:
+        line = command(tmp_path / "run", *SEEDS, "--devices=4", "--coordinator=auto")
+        processes = [
+            stack.enter_context(
+                Child(line, cwd=ROOT, env=os.environ | of_job | {"SLURM_PROCID": str(i), "SLURM_LOCALID": str(i)})
+            )
+            for i in range(2)
+        ]
+        outputs = finished(*processes)
+    assert [code for *_, code in outputs] == [0, 0], outputs
+    assert_same(tmp_path / "run", seeds_alone)
+
+
 @pytest.mark.versions
 def test_a_directory_in_use_ends_all_processes(tmp_path):
     workdir = tmp_path / "run"
@@ -113,10 +167,11 @@ def test_no_device_is_one_line(tmp_path, monkeypatch, platform):
     assert done.stderr.startswith(f"error: no device starts with JAX_PLATFORMS={platform} (")
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-def test_a_lost_process_ends_the_run(tmp_path, lost):
+@pytest.mark.parametrize(("lost", "shard"), [(0, "batch"), (1, "batch"), (1, "seeds")])
+def test_a_lost_process_ends_the_run(tmp_path, lost, shard):
     workdir = tmp_path / "run"
     flags = ["--devices=2", "--rounds=100000", "--checkpoint_seconds=0", "--method=cross_entropy"]
+    flags += [f"--shard={shard}", "--seeds=2"]
     with together(workdir, 2, *flags) as processes:
         assert until((workdir / "metrics.jsonl").exists, *processes), [child.said for child in processes]
         processes[lost].process.kill()

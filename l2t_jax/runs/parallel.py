@@ -2,7 +2,7 @@
 
 A program computes several runs at once. On one device their states are stacked (vmap); over devices either every batch
 is divided (shard "batch": same numbers up to rounding, each device holding all states) or the runs are (shard "seeds":
-nothing is communicated). Everything else sees runs, one by one.
+nothing is communicated but what is written). Everything else sees runs, one by one.
 
 Legend: G runs of a program, K of them on one device, D devices of all processes, L of this one, R rounds of a dispatch.
 """
@@ -130,7 +130,8 @@ def layout_of(seeds: int, devices: int, shard: str, seeds_at_once: int | None) -
       seeds_at_once: on each device, instead of that choice.
     """
     if shard == "seeds":
-        devices = min(devices, seeds)
+        processes = jax.process_count()
+        devices = min(devices, -(-seeds // processes) * processes)  # as many in each
     each = -(-seeds // devices) if shard == "seeds" else seeds
     if seeds_at_once is None:
         seeds_at_once = 1 if jax.default_backend() == "cpu" else each
@@ -148,8 +149,6 @@ def check(layout: Layout, **sizes: int) -> None:
     there = jax.device_count()
     if layout.devices > there:
         raise ParallelError(f"{layout.devices} devices were asked for, and there are {there}.")
-    if jax.process_count() > 1 and layout.shard == "seeds":
-        raise ParallelError('several processes divide batches (shard "batch"); run other seeds as runs of their own.')
     if layout.devices % jax.process_count():
         raise ParallelError(f"{layout.devices} devices cannot be shared evenly by {jax.process_count()} processes.")
     if layout.axis_name is None:
@@ -236,6 +235,7 @@ class Program:
         over_devices = layout.devices > 1 and layout.shard == "seeds"
         self._lead = (layout.devices,) * over_devices + (layout.seeds,) * (layout.seeds > 1)  # axes that are the G runs
         each = layout.devices // jax.process_count()
+        self._apart = over_devices and jax.process_count() > 1  # whether processes hold other runs
         there = [[d for d in jax.devices() if d.process_index == p][:each] for p in range(jax.process_count())]
         self._local = there[jax.process_index()]
         function = jax.vmap(rounds, in_axes=(0, None, 0)) if layout.seeds > 1 else rounds
@@ -258,6 +258,10 @@ class Program:
             return x
         each = x.shape[-1] // self.layout.devices * len(self._local)
         return x[..., jax.process_index() * each : (jax.process_index() + 1) * each]
+
+    def owns(self, g: int) -> bool:
+        """Whether a device of this process computes run g."""
+        return not self._apart or g // self.layout.seeds // len(self._local) == jax.process_index()
 
     def place(self, states: list[MethodState]) -> PyTree:
         """The states of up to G runs, as a call takes them; what was given stays valid, since these are copies."""
@@ -282,15 +286,21 @@ class Program:
         return states, [metrics for metrics, _ in runs], [int(done) for _, done in runs]
 
     def take(self, results: PyTree) -> list[Any]:
-        """Each run's part of what a call returned, in NumPy: fetched once for all G."""
+        """Each run's part of what a call returned, in NumPy and in every process: fetched once for all G."""
         layout = self.layout
+        if self._apart:
+            from jax.experimental import multihost_utils
 
         def host(x: Array) -> np.ndarray:  # [G, ...]
-            # With an axis all devices hold the same. A copy, since the next call takes the buffers.
-            array = np.array(x.addressable_data(0))[0] if layout.axis_name else np.array(x)
+            if self._apart:
+                array = multihost_utils.process_allgather(x, tiled=True)
+            else:
+                # With an axis all devices hold the same. A copy, since the next call takes the buffers.
+                array = np.array(x.addressable_data(0))[0] if layout.axis_name else np.array(x)
             return array.reshape((layout.runs, *array.shape[len(self._lead) :]))
 
-        fetched = jax.tree.map(host, results)
+        with _together():
+            fetched = jax.tree.map(host, results)
         return [jax.tree.map(lambda x, i=i: np.asarray(x[i]), fetched) for i in range(layout.runs)]
 
     def _put(self, tree: PyTree) -> PyTree:
@@ -305,6 +315,9 @@ class Program:
     def _spread(self, tree: PyTree) -> PyTree:
         """Leaves [G, ...] in the form of a call, [D or L, K, ...], with no axis for one device or for one run on it."""
         tree = jax.tree.map(lambda x: x.reshape((*self._lead, *x.shape[1:])), tree)
+        if self._apart:
+            first, count = jax.process_index() * len(self._local), len(self._local)
+            return jax.tree.map(lambda x: x[first : first + count], tree)
         if self.layout.axis_name is None:
             return tree
         return jax.tree.map(lambda x: np.stack([x] * len(self._local)), tree)

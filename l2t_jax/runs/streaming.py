@@ -50,9 +50,15 @@ class Stream:
         self._reader.close()
 
     def _read(self, dispatches: list[Dispatch]) -> Callable[[], PyTree]:
-        working = [dispatch for dispatch in dispatches if int(dispatch.wanted)]
+        working = [d for d, is_read in zip(dispatches, self._working(dispatches), strict=True) if is_read]
+        if not working:  # all that goes on is of other processes
+            working = dispatches[:1]
         indices = np.concatenate([np.concatenate(_flat(self._own(dispatch))) for dispatch in working])
         return self._reader.begin(indices, [seeds for dispatch in working for seeds in self._seeds(dispatch)])
+
+    def _working(self, dispatches: list[Dispatch]) -> list[bool]:
+        """Of which runs this process reads examples: of its own, while they go on."""
+        return [bool(int(dispatch.wanted)) and self._program.owns(g) for g, dispatch in enumerate(dispatches)]
 
     def _own(self, dispatch: Dispatch) -> Dispatch:
         """What this process reads of a dispatch."""
@@ -82,9 +88,11 @@ class Stream:
 
     def _filled(self, block: PyTree, dispatches: list[Dispatch]) -> PyTree:
         """A place for each of the G runs: those that have ended have zeros, so that one program serves all."""
-        working = [bool(int(dispatch.wanted)) for dispatch in dispatches]
+        working = self._working(dispatches)
         if all(working):
             return block
+        if not any(working):
+            working[0] = True
         size = sum(map(len, _flat(self._own(dispatches[0]))))
 
         def fill(x: np.ndarray) -> np.ndarray:
