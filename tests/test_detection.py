@@ -285,10 +285,16 @@ def test_the_hypergradient_of_how_much_terms_count(name, mode, task, x64):
 
 
 class Here:
-    """A program whose data lie where they are."""
+    """A program whose data lie where they are, and whose process computes all."""
 
     def data(self, tree):
         return tree
+
+    def part(self, batches):
+        return batches
+
+    def owns(self, g):
+        return True
 
 
 @pytest.mark.parametrize("rows", [1, 3])

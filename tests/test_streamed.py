@@ -187,7 +187,8 @@ def test_a_process_reads_its_part_of_a_batch(folder):
     data = load(str(folder))
     task, read = task_of(data, crop=8), []
     watched = task._replace(read=lambda *given: read.append(len(given[1])) or task.read(*given))
-    program = SimpleNamespace(part=lambda x: x[..., x.shape[-1] // 2 :], data=lambda tree: tree)
+    part = lambda x: x[..., x.shape[-1] // 2 :]  # noqa: E731
+    program = SimpleNamespace(part=part, owns=lambda g: True, data=lambda tree: tree)
     random = np.random.default_rng(0)
     train_part, validation = random.integers(0, 60, (3, 1, 2, 8)), random.integers(0, 60, (3, 1, 10))
     flags = np.zeros(3, bool)
