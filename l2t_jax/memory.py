@@ -127,7 +127,9 @@ def auto(
         available = device_bytes() / at_once
         mode = choose(kept, available)
         sizes = ", ".join(f"{name} {_mib(size)}" for name, size in kept.items())
-        line = f"memory mode auto takes {mode} for N = {length}; predicted MiB to keep: {sizes}"
+        saved = kept.get("save", 0) - kept[mode]
+        saves = f" and saves {_mib(saved)} MiB of plain autodiff" if saved > 0 else ""
+        line = f"memory mode auto takes {mode} for N = {length}{saves}; predicted MiB to keep: {sizes}"
         if line not in explained:
             explained.add(line)
             shared = f", for each of {at_once} at once" if at_once > 1 else ""

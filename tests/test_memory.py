@@ -135,6 +135,9 @@ def test_auto_takes_what_it_says_and_says_it_once(name, fits, monkeypatch, caplo
     assert compiled.memory_analysis().temp_size_in_bytes == temporary(name, expected, 16)
     (line,) = caplog.messages
     assert f"takes {expected} for N = 16" in line
+    saved = (predicted(name, "save", 16) - predicted(name, expected, 16)) / 2**20
+    told = re.findall(r" and saves ([\d.]+) MiB of plain autodiff;", line)
+    np.testing.assert_allclose([float(size) for size in told], [saved] if saved > 0 else [], rtol=1e-2)
     for mode in set(MEMORY_MODES) - {"auto"}:
         (size,) = re.findall(rf"\b{mode} ([\d.e+]+)", line)
         np.testing.assert_allclose(float(size), predicted(name, mode, 16) / 2**20, rtol=1e-2)
