@@ -551,7 +551,7 @@ def test_an_image_that_cannot_be_read_in_the_middle_of_a_run(tmp_path, capsys):
 
 REFUSED = [
     (detection, ("--size=100",), "size=100: the coarsest cells are of 32 pixels: use 96 or 128"),
-    (detection, ("--crop=97",), "--crop=97 is of classification, segmentation, not of --task=detection"),
+    (detection, ("--crop=97",), "--crop=97 is of classification | segmentation, not of --task=detection"),
     (segmentation, ("--size=64",), "--size=64 is of detection, not of --task=segmentation"),
     (segmentation, ("--crop=100",), "crop=100"),
     (segmentation, ("--task=detection",), "--task=detection is not what experiments.segmentation is for"),

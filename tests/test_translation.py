@@ -569,7 +569,7 @@ def refused(capsys, *arguments):
         (("--student=lenet",), "Students of --task=translation are like transformer_small"),
         (("--student=transformer_small", "--heads=3"), "width=128 with heads=3"),
         (("--student=lstm1", "--dropout=1"), "dropout=1.0 is no probability"),
-        (("--crop=97",), "--crop=97 is of segmentation, not of --task=translation"),
+        (("--crop=97",), "--crop=97 is of classification | segmentation, not of --task=translation"),
         (("--labels=x.npy",), "--labels=x.npy: it is of classes of examples, and made_up has none."),
         (("--dataset=/nowhere/x",), "/nowhere/x is no folder"),
         (("--dataset=multi30k_de_en", "--data_dir=/nowhere"), "multi30k_de_en is not in /nowhere"),
