@@ -23,7 +23,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import fail, parse
+from benchmarks.command import fail, lengths_in, parse, some_of
 from benchmarks.workloads import TASK
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.losses import LOSSES
@@ -73,10 +73,7 @@ flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Compile, print the table, write the record after each program."""
     parse(FLAGS, __doc__, argv)
-    if unknown := [name for name in FLAGS.students if name not in LARGE]:
-        fail(f"--students={','.join(FLAGS.students)}: {unknown[0]!r} is not one of {', '.join(LARGE)}.")
-    if not FLAGS.lengths or not all(length.isdecimal() and int(length) for length in FLAGS.lengths):
-        fail(f"--lengths={','.join(FLAGS.lengths)}: give unroll lengths of at least 1, e.g. --lengths=1,25.")
+    students, lengths = some_of("students", FLAGS.students, LARGE), lengths_in(FLAGS.lengths)
     size, rest = divmod(FLAGS.batch, FLAGS.micro_batches)
     if rest or FLAGS.validation % size:
         fail(f"--micro_batches={FLAGS.micro_batches} does not divide --batch={FLAGS.batch} and --validation alike.")
@@ -84,7 +81,7 @@ def main(argv: list[str]) -> None:
     command = shlex.join(["python", "-m", "benchmarks.memory", *argv[1:]])
     here = environment()
     rows = _kept(out, here)
-    wanted = list(_wanted(FLAGS.students, [int(length) for length in FLAGS.lengths], size))
+    wanted = list(_wanted(students, lengths, size))
     for place, asked in enumerate(wanted):
         if any(row.items() >= asked.items() for row in rows):
             continue

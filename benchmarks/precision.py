@@ -20,7 +20,7 @@ from absl import flags, logging
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.command import fail, parse
+from benchmarks.command import lengths_in, parse, some_of
 from benchmarks.workloads import WORKLOADS, problem
 from l2t_jax.hypergradient import hypergradient
 from l2t_jax.runs.environment import environment
@@ -38,13 +38,9 @@ flags.DEFINE_string(
 def main(argv: list[str]) -> None:
     """Measure, print the table, write the record."""
     parse(FLAGS, __doc__, argv)
-    if unknown := [name for name in FLAGS.workloads if name not in WORKLOADS]:
-        fail(f"--workloads={','.join(FLAGS.workloads)}: {unknown[0]!r} is not one of {', '.join(WORKLOADS)}.")
-    if not FLAGS.lengths or not all(length.isdecimal() and int(length) for length in FLAGS.lengths):
-        fail(f"--lengths={','.join(FLAGS.lengths)}: give unroll lengths of at least 1, e.g. --lengths=1,5,25.")
-    rows = []
-    for name in FLAGS.workloads:
-        for length in map(int, FLAGS.lengths):
+    names, lengths, rows = some_of("workloads", FLAGS.workloads, WORKLOADS), lengths_in(FLAGS.lengths), []
+    for name in names:
+        for length in lengths:
             print(f"{name}, N = {length}", file=sys.stderr, flush=True)
             rows.append(compare(name, length, FLAGS.repeats))
     out = Path(FLAGS.out or Path(__file__).parent / "results" / f"precision_{jax.default_backend()}.json")
