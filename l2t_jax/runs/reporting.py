@@ -25,6 +25,7 @@ from l2t_jax.tasks.evaluation import evaluate
 from l2t_jax.types import PyTree
 
 SURFACE_POINTS = 41
+MOST_READ = 100_000  # examples that are not in memory, of more of which no row is written: all are read again for it
 SUSPECTS = 0.1  # share of the examples of which it is said how many labels are wrong among the least trusted
 OBSERVED = {  # see `l2t_jax.runs.observing`
     "memorised": "wrong labels learned, share",
@@ -69,6 +70,8 @@ def _leave(setting: Setting, entries: list[Entry], outcomes: Outcomes, path: Pat
     finals.write(path, setting, states)
     labels = setting.dataset.train.get("labels")
     if not TASKS[setting.config.task].classes or np.ndim(labels) != 1:
+        return
+    if setting.parts.task.read and len(labels) > MOST_READ:
         return
     found = {}
     for entry in entries:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from l2t_jax.students.layers import require_positive
-from l2t_jax.types import Array, Head, Key, PyTree, Student
+from l2t_jax.types import Array, Backbone, Head, Key, PyTree, Student
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def in_micro_batches(student: Student, size: int) -> Student:
             filled = jax.tree.map(lambda x: _filled(x, -examples % size), inputs)
             return _joined(parts(lambda x: own(variables, x), (filled,)), examples)
 
-        backbone = type(backbone)(backbone.variables, features)
+        backbone = Backbone(backbone.variables, features)
     head = None if student.head is None else wrapped(student.head)
     return student._replace(apply=wrapped(student.apply), head=head, backbone=backbone)
 

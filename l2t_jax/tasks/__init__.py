@@ -53,7 +53,7 @@ def load(
       task: one of `TASKS`.
       skip_broken: of images in a folder or a table leave out those that cannot be read, and say which.
     Returns:
-      The data set; images that are larger together than memory, or of several sizes, as places where they lie.
+      The data set, in memory; images of several sizes, or of more than a GiB, as places where they lie.
     Raises:
       DataError: a name is unknown, or the data are missing, unreadable or not valid.
     """

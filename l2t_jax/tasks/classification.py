@@ -106,14 +106,16 @@ def _reader(dataset: Dataset, crop: int) -> Callable[[PyTree, np.ndarray, Seeds]
     def read(examples: PyTree, indices: np.ndarray, seeds: Seeds) -> PyTree:
         images: list[np.ndarray] = []
         for place, i in enumerate(indices):
+            element = examples["inputs"][i]
             try:
-                image = decode(examples["inputs"][i], f"{name}, example {i}")
+                image = decode(element, f"{name}, example {i}")
             except DataError as error:
-                raise DataError(f"{str(error).rstrip('.')}: mend it, or give --skip_broken.") from error
+                skip = ", or give --skip_broken" if isinstance(element, Path) else ""
+                raise DataError(f"{str(error).rstrip('.')}: mend it{skip}.") from error
             if side:
                 image = resized_crop(image, side, None if seeds is None else np.random.default_rng(seeds[place]))
             elif images and image.shape != images[0].shape:
-                told = [f"{named(examples['inputs'][j], f'{name}, example {j}')}" for j in (indices[0], i)]
+                told = [named(examples["inputs"][j], f"{name}, example {j}") for j in (indices[0], i)]
                 raise DataError(
                     f"{told[1]} is {image.shape[0]}x{image.shape[1]} and {told[0]} {images[0].shape[0]}x"
                     f"{images[0].shape[1]}: cut squares from them by --crop=SIDE."
