@@ -93,7 +93,7 @@ def test_check_names_what_is_wrong(digits: Dataset) -> None:
 
 
 def test_missing_and_unknown_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    with pytest.raises(DataError, match=r"cifar10, cifar100\. Did you mean cifar10"):
+    with pytest.raises(DataError, match=r"cifar10, cifar100, imagenet2012\. Did you mean cifar10"):
         load("cifar")
     with pytest.raises(DataError, match=f"{tmp_path}/cifar10 .*--data_dir=DIR.*--download"):
         load("cifar10", tmp_path)

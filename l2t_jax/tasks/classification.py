@@ -299,8 +299,8 @@ DATASETS: dict[str, Callable[[Path, bool], Dataset]] = {
     "mnist": _tfds("mnist", 10, _raw(0.1307), _raw(0.3081), augment=False),
     "fashion_mnist": _tfds("fashion_mnist", 10, _raw(0.2860), _raw(0.3530), augment=False),
     "cifar10": _tfds("cifar10", 10, (125.3, 123.0, 113.9), (63.0, 62.1, 66.7), augment=True),
-    "imagenet2012": load_imagenet,
     "cifar100": _tfds("cifar100", 100, _raw(0.5071, 0.4865, 0.4409), _raw(0.2673, 0.2564, 0.2762), augment=True),
+    "imagenet2012": load_imagenet,
 }
 
 CLASSIFICATION = TaskSpec(
